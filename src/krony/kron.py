@@ -1,0 +1,223 @@
+"""Kronecker mathematics: pure functions of tensors, no modules and no files.
+
+Letters used throughout the package:
+    W (m, n)        a weight that maps n inputs to m outputs: y = x Wᵀ
+    A_r (m1, n1)    the large factor of term r
+    B_r (m2, n2)    the small factor of term r; m = m1·m2, n = n1·n2
+    R               the number of terms
+    T               the number of tokens (any leading dimensions of x)
+
+A Kronecker product has an outer and an inner factor: (outer ⊗ inner)[(a, c), (b, d)] =
+outer[a, b]·inner[c, d]. Two layouts are in use:
+    "small-outer"   W = Σ_r B_r ⊗ A_r    no transposition anywhere in the forward
+    "large-outer"   W = Σ_r A_r ⊗ B_r    the order of the Krony-PT paper
+They differ by a fixed reordering of rows and columns.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krony.errors import KronyError
+
+Layout = Literal["small-outer", "large-outer"]
+LAYOUTS: tuple[Layout, ...] = ("small-outer", "large-outer")
+Shape = tuple[int, int]
+
+# Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
+# (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
+EXACT_GRAM_SIDE = 2048
+
+
+def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
+    """Van Loan and Pitsianis' rearrangement: a Kronecker product becomes an outer product.
+
+    Args:
+        weight: (m, n) with m = outer[0]·inner[0] and n = outer[1]·inner[1].
+    Returns:
+        (outer[0]·outer[1], inner[0]·inner[1]): `rearrange(A ⊗ B) == vec(A) vec(B)ᵀ`.
+    Raises:
+        KronyError: the shapes do not multiply to the shape of `weight`.
+    Source: Van Loan and Pitsianis 1993; Krony-PT (arXiv 2412.12351), section III-D.
+    """
+    if tuple(weight.shape) != (outer[0] * inner[0], outer[1] * inner[1]):
+        raise KronyError(
+            f"a {outer[0]}x{outer[1]} factor and a {inner[0]}x{inner[1]} factor make a "
+            f"{outer[0] * inner[0]}x{outer[1] * inner[1]} matrix, not {weight.shape[0]}x"
+            f"{weight.shape[1]}; choose factors that divide both sides"
+        )
+    blocks = weight.reshape(outer[0], inner[0], outer[1], inner[1]).permute(0, 2, 1, 3)
+    return blocks.reshape(outer[0] * outer[1], inner[0] * inner[1])
+
+
+def to_dense(outer: Tensor, inner: Tensor) -> Tensor:
+    """Σ_r outer_r ⊗ inner_r, from (R, m1, n1) and (R, m2, n2) to (m1·m2, n1·n2)."""
+    rows, columns = outer.shape[1] * inner.shape[1], outer.shape[2] * inner.shape[2]
+    # One matrix product of the rearranged factors, (m1·n1, R) by (R, m2·n2), then the way back.
+    product = outer.flatten(1).T @ inner.flatten(1)
+    blocks = product.reshape(*outer.shape[1:], *inner.shape[1:])
+    return blocks.permute(0, 2, 1, 3).reshape(rows, columns)
+
+
+def van_loan(
+    weight: Tensor, outer: Shape, inner: Shape, terms: int = 1, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The sum of `terms` Kronecker products nearest to `weight` in the Frobenius norm.
+
+    Exact, from the eigenvectors of the smaller Gram matrix of the rearranged weight, in float64.
+    Each singular value is split evenly between its two factors, and the sign is fixed (the entry
+    of largest modulus of the smaller factor is positive), so equal input gives equal output.
+
+    Args:
+        weight: (m, n), converted to float64.
+        seed: used only when both factors have more than `EXACT_GRAM_SIDE` entries.
+    Returns:
+        outer (R, *outer) and inner (R, *inner), float64, the largest term first.
+    Raises:
+        KronyError: shapes that do not divide `weight`, or more terms than the rank allows.
+    Source: Krony-PT, section III-D and III-E.
+    """
+    matrix = rearrange(weight.double(), outer, inner)
+    limit = min(matrix.shape)
+    check_terms(terms, outer, inner)
+    inner_is_smaller = matrix.shape[1] <= matrix.shape[0]
+    tall = matrix if inner_is_smaller else matrix.T
+    if limit <= EXACT_GRAM_SIDE:
+        vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)[:, :terms]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            q = min(limit, terms + 16)
+            vectors = torch.svd_lowrank(tall, q=q, niter=10)[2][:, :terms]
+    pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * torch.where(pivot < 0, -1.0, 1.0)
+    # Projection instead of the Gram matrix's eigenvalues: those lose half of the digits.
+    projected = tall @ vectors
+    sigma = projected.norm(dim=0)
+    root = sigma.sqrt()
+    # A term without weight keeps a unit small factor and a zero large one: were both zero, no
+    # gradient would ever reach either.
+    empty = sigma <= sigma.max() * 1e-14
+    large = torch.where(empty, 0.0, projected / root.where(~empty, torch.ones_like(root)))
+    small = vectors * root.where(~empty, torch.ones_like(root))
+    left, right = (large, small) if inner_is_smaller else (small, large)
+    return left.T.reshape(terms, *outer), right.T.reshape(terms, *inner)
+
+
+def check_terms(terms: int, outer: Shape, inner: Shape) -> None:
+    """Raise `KronyError` unless 1 ≤ terms ≤ the rank of the rearranged matrix."""
+    limit = min(outer[0] * outer[1], inner[0] * inner[1])
+    if not 1 <= terms <= limit:
+        raise KronyError(
+            f"{terms} terms of {outer[0]}x{outer[1]} by {inner[0]}x{inner[1]} can't be: between 1 "
+            f"and {limit} terms of these shapes are independent; choose a number in that range"
+        )
+
+
+def norm(outer: Tensor, inner: Tensor) -> float:
+    """‖Σ_r outer_r ⊗ inner_r‖_F without forming the sum: ⟨A⊗B, C⊗D⟩ = ⟨A, C⟩⟨B, D⟩."""
+    left, right = outer.flatten(1).double(), inner.flatten(1).double()
+    return float(((left @ left.T) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+
+def norm_scale(weight: Tensor, outer: Tensor, inner: Tensor) -> float:
+    """α = ‖W‖_F / ‖Ŵ‖_F, the adaptive normalisation of Krony-PT, section III-F (1 if Ŵ is 0)."""
+    kept = norm(outer, inner)
+    return float(weight.double().norm()) / kept if kept > 0 else 1.0
+
+
+def prune(
+    weight: Tensor, outer: Shape, inner: Shape, small_is_outer: bool
+) -> tuple[Tensor, Tensor]:
+    """The pruning initialisation: keep one entry of every block, 0.1 of it at the others.
+
+    For the paper's shapes, B = [1, 0.1]ᵀ or [1, 0.1], A is every second row or column of W (in the
+    "large-outer" layout; in "small-outer" the kept rows are those of the first block). For larger
+    small factors, where the paper defines nothing, one entry of B is 1 and the others are 0.1.
+
+    Returns:
+        outer (1, *outer) and inner (1, *inner), float64.
+    Source: Krony-PT, section III-G.
+    """
+    blocks = rearrange(weight.double(), outer, inner)
+    kept_shape, spread_shape = (inner, outer) if small_is_outer else (outer, inner)
+    kept = blocks[0] if small_is_outer else blocks[:, 0]
+    # Not zero: an exact zero would leave that entry of B outside the first gradients.
+    spread = torch.full((spread_shape[0] * spread_shape[1],), 0.1, dtype=torch.float64)
+    spread[0] = 1.0
+    kept, spread = kept.reshape(1, *kept_shape), spread.reshape(1, *spread_shape)
+    return (spread, kept) if small_is_outer else (kept, spread)
+
+
+def multiply_adds(large: Shape, small: Shape, terms: int, mix_first: bool) -> int:
+    """Multiply-adds per token of the factored product in one of its two orders."""
+    (m1, n1), (m2, n2) = large, small
+    if mix_first:
+        return terms * m2 * n1 * (n2 + m1)
+    return terms * n2 * m1 * (n1 + m2)
+
+
+def mixes_first(large: Shape, small: Shape) -> bool:
+    """Whether mixing with the small factor before the large product takes fewer operations."""
+    return multiply_adds(large, small, 1, True) <= multiply_adds(large, small, 1, False)
+
+
+def large_to_linear(large: Tensor, mix_first: bool) -> Tensor:
+    """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last."""
+    if mix_first:
+        return large.transpose(0, 1).flatten(1)
+    return large.flatten(0, 1)
+
+
+def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
+    """The inverse of `large_to_linear`: back to (R, m1, n1)."""
+    if mix_first:
+        return weight.unflatten(1, (terms, -1)).transpose(0, 1)
+    return weight.unflatten(0, (terms, -1))
+
+
+def apply(
+    x: Tensor,
+    small: Tensor,
+    project: Callable[[Tensor], Tensor],
+    large_shape: Shape,
+    layout: Layout = "small-outer",
+    mix_first: bool = True,
+) -> Tensor:
+    """y = x Wᵀ for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
+
+    Two matrix products: the large one runs through `project`, any linear map whose weight is
+    `large_to_linear(A, mix_first)`, the small one mixes n2 (or m2·R) slices of the activations.
+
+    Args:
+        x: (..., n).
+        small: B, (R, m2, n2).
+        project: maps (..., R·n1) to (..., m1) when mixed first, else (..., n1) to (..., R·m1).
+    Returns:
+        (..., m).
+    """
+    (m1, n1), (terms, m2, n2) = large_shape, small.shape
+    lead = x.shape[:-1]
+    if layout == "small-outer":
+        x = x.reshape(*lead, n2, n1)
+    else:
+        x = x.reshape(*lead, n1, n2).transpose(-1, -2)
+    if mix_first:
+        mixing = small.transpose(0, 1).reshape(m2 * terms, n2)
+        y = project(_mix(mixing, x).reshape(*lead, m2, terms * n1))
+    else:
+        mixing = small.permute(1, 2, 0).reshape(m2, n2 * terms)
+        y = _mix(mixing, project(x).reshape(*lead, n2 * terms, m1))
+    if layout == "large-outer":
+        y = y.transpose(-1, -2)
+    return y.reshape(*lead, m1 * m2)
+
+
+def _mix(mixing: Tensor, x: Tensor) -> Tensor:
+    """mixing (p, q) times x (..., q, k): a plain linear map when k is 1 (the low-rank corner)."""
+    if x.shape[-1] == 1:
+        return F.linear(x.squeeze(-1), mixing).unsqueeze(-1)
+    return mixing @ x

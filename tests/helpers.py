@@ -1,0 +1,76 @@
+"""The dense oracle, and tiny random models of every family."""
+
+import os
+from pathlib import Path
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+LLAMA = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+FAMILIES = {
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **TOKENS
+    ),
+    "llama": lambda: hf.LlamaConfig(**SMALL, **LLAMA, **TOKENS),
+    "mistral": lambda: hf.MistralConfig(**SMALL, **LLAMA, **TOKENS),
+    "qwen2": lambda: hf.Qwen2Config(**SMALL, **LLAMA, **TOKENS),
+    "phi3": lambda: hf.Phi3Config(**SMALL, **LLAMA, **TOKENS),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(
+        **SMALL, intermediate_size=64, max_position_embeddings=64, **TOKENS
+    ),
+    "opt": lambda: hf.OPTConfig(
+        **SMALL, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, **TOKENS
+    ),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=16,
+        **TOKENS,
+    ),
+    "phi": lambda: hf.PhiConfig(
+        **SMALL, intermediate_size=64, max_position_embeddings=64, **TOKENS
+    ),
+}
+
+
+def tiny(family: str, **changes: object) -> hf.PreTrainedModel:
+    """A seeded random model of that family, in evaluation mode."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return hf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def dense_sum(outer: Tensor, inner: Tensor) -> Tensor:
+    """The oracle: Σ_r outer_r ⊗ inner_r by torch.kron, one term after the other."""
+    return torch.stack([torch.kron(a, b) for a, b in zip(outer, inner, strict=True)]).sum(0)
+
+
+def group_dense(group) -> Tensor:
+    """The oracle's W of a KroneckerGroup, from its parameters."""
+    large, small = group.large_factors, group.scaled_small
+    if group.layout == "small-outer":
+        return dense_sum(small, large)
+    return dense_sum(large, small)
+
+
+def logits(model: hf.PreTrainedModel, length: int = 12) -> Tensor:
+    """Logits of a fixed little batch."""
+    ids = torch.arange(2 * length).reshape(2, length) % 90
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def shared_data() -> Path:
+    """Where the public sets are, if they are."""
+    here = Path(__file__).parent.parent
+    return Path(os.environ.get("KRONY_DATA", here / ".." / "shared" / "data"))
