@@ -1,0 +1,174 @@
+"""KroneckerLinear: a linear layer whose weight is a sum of Kronecker products, never formed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krony import kron
+from krony.errors import KronyError
+from krony.kron import Layout, Shape
+
+
+class KroneckerGroup(nn.Module):
+    """R Kronecker terms of one shape, no bias: Σ_r s_r (B_r ⊗ A_r), or Σ_r s_r (A_r ⊗ B_r).
+
+    The large factors live in `large`, an ordinary `nn.Linear`, so that whatever works on linear
+    layers (quantisation, adapters, sharding) works on them. Which of the two contraction orders is
+    used follows from the shapes alone, because the order fixes the layout of that weight.
+
+    Parameters:
+        large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
+        small: (R, m2, n2).
+        scalars: (R,), only with `scalars=True` (Krony-PT, section III-F).
+    """
+
+    def __init__(
+        self,
+        large: Shape,
+        small: Shape,
+        terms: int = 1,
+        layout: Layout = "small-outer",
+        scalars: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if layout not in kron.LAYOUTS:
+            raise KronyError(f"layout {layout!r} is not one of {', '.join(kron.LAYOUTS)}")
+        kron.check_terms(terms, large, small)
+        self.large_shape: Shape = (large[0], large[1])
+        self.small_shape: Shape = (small[0], small[1])
+        self.terms, self.layout = terms, layout
+        self.mix_first = kron.mixes_first(large, small)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        m1, n1 = large
+        if self.mix_first:
+            self.large = nn.Linear(terms * n1, m1, bias=False, **where)
+        else:
+            self.large = nn.Linear(n1, terms * m1, bias=False, **where)
+        self.small = nn.Parameter(torch.empty(terms, *small, **where))
+        self.scalars = nn.Parameter(torch.ones(terms, **where)) if scalars else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random factors whose sum has the entries of a fresh `nn.Linear`: variance 1/(3n)."""
+        fan_in = self.large_shape[1] * self.small_shape[1]
+        deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
+        nn.init.normal_(self.large.weight, std=deviation)
+        nn.init.normal_(self.small, std=deviation)
+        if self.scalars is not None:
+            nn.init.ones_(self.scalars)
+
+    @property
+    def scaled_small(self) -> Tensor:
+        """The small factors with the learnable scalars multiplied in: (R, m2, n2)."""
+        if self.scalars is None:
+            return self.small
+        return self.small * self.scalars[:, None, None]
+
+    @property
+    def large_factors(self) -> Tensor:
+        """The large factors A: (R, m1, n1)."""
+        return kron.linear_to_large(self.large.weight, self.terms, self.mix_first)
+
+    @torch.no_grad()
+    def set_factors(self, large: Tensor, small: Tensor, scalars: Tensor | None = None) -> None:
+        """Copy in A (R, m1, n1), B (R, m2, n2), s (R,); absorb s where it is not learnable."""
+        if self.scalars is None and scalars is not None:
+            small = small * scalars[:, None, None]
+        self.large.weight.copy_(kron.large_to_linear(large, self.mix_first))
+        self.small.copy_(small)
+        if self.scalars is not None:
+            self.scalars.copy_(torch.ones(self.terms) if scalars is None else scalars)
+
+    @torch.no_grad()
+    def absorb_scalars(self) -> None:
+        """Multiply the scalars into the small factor and drop them; the output keeps every bit."""
+        self.small.copy_(self.scaled_small)
+        self.scalars = None
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W of this group, (m, n), summed in `dtype` (default: that of the factors)."""
+        large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)
+        if self.layout == "small-outer":
+            return kron.to_dense(small, large)
+        return kron.to_dense(large, small)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kron.apply(
+            x, self.scaled_small, self.large, self.large_shape, self.layout, self.mix_first
+        )
+
+    def extra_repr(self) -> str:
+        large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
+        learnable = ", scalars" if self.scalars is not None else ""
+        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}"
+
+
+class KroneckerLinear(nn.Module):
+    """y = x Wᵀ + b with W = Σ_groups Σ_r s_r (B_r ⊗ A_r); drop-in for `nn.Linear` and `Conv1D`.
+
+    One group of one shape is the common case; groups of different shapes add up, for example a
+    low-rank group (A (m, 1), B (1, n): R terms are a rank-R matrix) and a Kronecker group.
+
+    Args:
+        in_features, out_features: n and m.
+        groups: any number of `KroneckerGroup`, each of them m by n.
+        bias: whether to hold a bias (m,).
+    Raises:
+        KronyError: no group, or a group whose shapes do not multiply to (m, n).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: list[KroneckerGroup],
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not groups:
+            raise KronyError("a KroneckerLinear needs at least one group of factors; none given")
+        for group in groups:
+            (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+            if (m1 * m2, n1 * n2) != (out_features, in_features):
+                raise KronyError(
+                    f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
+                    f"layer is {out_features}x{in_features}; choose factors that divide it"
+                )
+        self.in_features, self.out_features = in_features, out_features
+        self.groups = nn.ModuleList(groups)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense W (m, n), formed anew at each access; writing to it changes nothing.
+
+        It exists because the model code of several families reads `.weight` of its linear layers.
+        """
+        return self.to_dense()
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense W (m, n), summed in `dtype` (default: that of the factors), differentiable."""
+        parts: list[Any] = list(self.groups)
+        dense: Tensor = parts[0].to_dense(dtype)
+        for group in parts[1:]:
+            dense = dense + group.to_dense(dtype)
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.groups
+        y: Tensor = first(x)
+        for group in others:
+            y = y + group(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

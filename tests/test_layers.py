@@ -1,0 +1,135 @@
+"""KroneckerLinear against the dense oracle, in every dtype, and its gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import group_dense
+from krony import KroneckerGroup, KroneckerLinear
+from krony.errors import KronyError
+
+# A list of groups, each (large, small, terms, layout); all make 12 x 8.
+LAYERS = [
+    [((6, 4), (2, 2), 1, "small-outer")],
+    [((6, 4), (2, 2), 3, "large-outer")],
+    [((3, 4), (4, 2), 2, "small-outer")],
+    [((12, 1), (1, 8), 3, "small-outer")],
+    [((12, 8), (1, 1), 1, "small-outer")],
+    [((12, 1), (1, 8), 2, "small-outer"), ((6, 4), (2, 2), 1, "large-outer")],
+]
+
+
+def build(spec, scalars=False, bias=True, dtype=torch.float64):
+    groups = [KroneckerGroup(a, b, r, layout, scalars, dtype=dtype) for a, b, r, layout in spec]
+    layer = KroneckerLinear(8, 12, groups, bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return layer
+
+
+@pytest.mark.parametrize("scalars", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("spec", LAYERS)
+def test_forward_equals_the_dense_layer(spec, bias, scalars):
+    layer = build(spec, scalars, bias)
+    weight = sum(group_dense(group) for group in layer.groups)
+    torch.testing.assert_close(layer.weight, weight)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected = x @ weight.T + (layer.bias if bias else 0)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
+)
+@pytest.mark.parametrize("spec", LAYERS)
+def test_dtypes(spec, dtype, tolerance):
+    layer = build(spec, dtype=dtype)
+    x = torch.randn(7, 8, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == layer.weight.dtype == dtype
+    expected = x.double() @ layer.to_dense(torch.float64).T + layer.bias.double()
+    error = (y.double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("spec", LAYERS)
+def test_gradients(spec):
+    layer = build(spec, scalars=True)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def forward(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(forward, (x, *values), rtol=1e-7, atol=1e-8)
+    # And to 1e-10 against autograd through the dense weight.
+    direction = torch.randn(3, 12, dtype=torch.float64)
+    parameters = list(layer.parameters())
+    factored = torch.autograd.grad((layer(x) * direction).sum(), [x, *parameters])
+    dense = (x @ layer.weight.T + layer.bias) * direction
+    for mine, oracle in zip(
+        factored, torch.autograd.grad(dense.sum(), [x, *parameters]), strict=True
+    ):
+        torch.testing.assert_close(mine, oracle, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("spec", LAYERS)
+def test_absorbed_scalars_change_no_bit(spec):
+    layer = build(spec, scalars=True, dtype=torch.float32)
+    x = torch.randn(4, 8)
+    before = layer(x)
+    for group in layer.groups:
+        group.absorb_scalars()
+    assert torch.equal(layer(x), before)
+    assert not any("scalars" in name for name, _ in layer.named_parameters())
+
+
+def test_weight_is_read_only():
+    layer = build(LAYERS[0])
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    assert torch.equal(layer.weight, before)
+    with pytest.raises((AttributeError, KeyError)):
+        layer.weight = nn.Parameter(before)
+
+
+def test_the_large_factor_is_an_ordinary_linear_child():
+    layer = build([((6, 4), (2, 2), 3, "small-outer")])
+    assert [type(m) for m in layer.modules() if isinstance(m, nn.Linear)] == [nn.Linear]
+    assert set(dict(layer.named_parameters())) == {
+        "bias",
+        "groups.0.large.weight",
+        "groups.0.small",
+    }
+
+
+def test_fresh_factors_have_the_spread_of_a_fresh_linear_layer():
+    group = KroneckerGroup((64, 64), (8, 8), 16)
+    dense = group.to_dense().detach()
+    assert float(dense.std()) == pytest.approx((1 / (3 * 512)) ** 0.5, rel=0.1)
+
+
+def test_autocast_compile_and_deepcopy():
+    layer = build(LAYERS[1], dtype=torch.float32)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer(x).float(), layer.float()(x), rtol=0.1, atol=0.3)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_layers_that_cannot_be():
+    with pytest.raises(KronyError, match="make a 12x8 matrix, but the layer is 12x9"):
+        KroneckerLinear(9, 12, [KroneckerGroup((6, 4), (2, 2))])
+    with pytest.raises(KronyError, match="at least one group"):
+        KroneckerLinear(8, 12, [])
+    with pytest.raises(KronyError, match="between 1 and 4 terms"):
+        KroneckerGroup((6, 4), (2, 2), terms=5)
+    with pytest.raises(KronyError, match="'diagonal' is not one of"):
+        KroneckerGroup((6, 4), (2, 2), layout="diagonal")
