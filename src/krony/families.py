@@ -1,0 +1,165 @@
+"""Which matrices a transformer has, and what they are: the only file that knows architectures.
+
+Found by structure, not by model name: the blocks are the modules of the outermost `ModuleList`s,
+attention is what lies under a module called attn or attention, and an MLP is a set of linear
+layers side by side of which some write a hidden axis that another one reads. That covers GPT-2
+(`Conv1D`, transposed), Llama, Mistral and Qwen (gate, up, down), Phi-3 (gate and up fused),
+GPT-NeoX, OPT, GPT-Neo, Phi, Gemma, BLOOM and their like. Anything else is reached by a pattern.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from krony.errors import KronyError
+from krony.kron import Shape
+from krony.layers import KroneckerLinear
+
+Role = Literal["up", "down", "attention", "other"]
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix that can be factored.
+
+    Attributes:
+        name: its module's name in the model.
+        shape: (m, n) = (outputs, inputs), whatever way round the module stores it.
+        role: "up" writes an MLP's hidden axis (c_fc, gate, up), "down" reads it (c_proj, down).
+        layer: the index of its block; None outside of blocks.
+        hidden: width of the MLP's hidden axis for "up" and "down", else 0.
+        conv1d: stored transposed, in a transformers `Conv1D`.
+        bias: whether the module has a bias.
+    """
+
+    name: str
+    shape: Shape
+    role: Role
+    layer: int | None
+    hidden: int
+    conv1d: bool
+    bias: bool
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (m, n), outputs by inputs; a view, not a copy."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_targets(model: PreTrainedModel, target: str = "mlp") -> list[Target]:
+    """The matrices of a model that `target` selects, in the model's own order.
+
+    Args:
+        target: "mlp", "attention", "all" (both), or a pattern of module names with * and ?.
+    Raises:
+        KronyError: nothing matches (with near names), or a match shares its weight with another
+            module (a tied output matrix, say).
+    """
+    if target in ("mlp", "attention", "all"):
+        everything = _block_targets(model)
+        roles = {"mlp": ("up", "down"), "attention": ("attention",)}
+        wanted = roles.get(target, ("up", "down", "attention"))
+        found = [t for t in everything if t.role in wanted]
+        if not found:
+            if any(isinstance(m, KroneckerLinear) for m in model.modules()):
+                raise KronyError(
+                    f"the {target} matrices of this {type(model).__name__} are factored already; "
+                    "fold it to dense first (krony export --to dense)"
+                )
+            raise KronyError(
+                f"no {target} matrices were found in {type(model).__name__}; give a pattern of "
+                f"module names instead, for example {_example(model)!r}"
+            )
+        return found
+    known = {t.name: t for t in _block_targets(model)}
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    names = [name for name in linear if fnmatch.fnmatchcase(name, target)]
+    if not names:
+        near = difflib.get_close_matches(target, linear, n=3, cutoff=0.3) or list(linear)[:3]
+        raise KronyError(
+            f"no linear layer of {type(model).__name__} is named {target!r}; near names: "
+            f"{', '.join(near) or 'none, it has no dense linear layer'}"
+        )
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name in names:
+        if uses[id(linear[name].weight)] > 1:
+            raise KronyError(
+                f"{name} shares its weight with another module (tied embeddings), so it can't be "
+                "factored alone; leave it out of the pattern"
+            )
+    return [known.get(name) or _target(name, linear[name]) for name in names]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # By exact class: subclasses (quantised or adapted layers) hold something else than a matrix.
+    return type(module) in (nn.Linear, Conv1D) and dense_weight(module).is_floating_point()
+
+
+def _target(name: str, module: nn.Module) -> Target:
+    m, n = dense_weight(module).shape
+    conv1d = isinstance(module, Conv1D)
+    return Target(name, (m, n), "other", None, 0, conv1d, module.bias is not None)
+
+
+def _blocks(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
+    """(name, index, module) of every block: the members of the outermost ModuleLists."""
+    blocks: list[tuple[str, int, nn.Module]] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
+            inside += (name + ".",)
+            blocks += [(f"{name}.{i}", i, block) for i, block in enumerate(module)]
+    return blocks
+
+
+def _block_targets(model: PreTrainedModel) -> list[Target]:
+    width = model.config.get_text_config().hidden_size
+    found: list[Target] = []
+    for block_name, index, block in _blocks(model):
+        siblings: dict[str, list[Target]] = defaultdict(list)
+        for name, module in block.named_modules(prefix=block_name):
+            if not _is_linear(module):
+                continue
+            target = replace(_target(name, module), layer=index)
+            inner = name.removeprefix(block_name)
+            if ATTENTION.search(inner):
+                found.append(replace(target, role="attention"))
+            else:
+                siblings[name.rpartition(".")[0]].append(target)
+        for group in siblings.values():
+            found += _pair(group, width)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda t: order[t.name])
+
+
+def _pair(group: list[Target], width: int) -> list[Target]:
+    """Label the up and down matrices among linear layers that stand side by side.
+
+    The down matrix is the last one that writes the model axis; up matrices read the model axis and
+    write its hidden axis (a whole multiple of it where gate and up are fused). A matrix without a
+    partner (a router, a classifier) is no MLP.
+    """
+    downs = [t for t in group if t.shape[0] == width]
+    if not downs:
+        return []
+    down = downs[-1]
+    hidden = down.shape[1]
+    ups = [t for t in group if t != down and t.shape[1] == width and t.shape[0] % hidden == 0]
+    if not ups:
+        return []
+    return [replace(t, role="up", hidden=hidden) for t in ups] + [
+        replace(down, role="down", hidden=hidden)
+    ]
+
+
+def _example(model: PreTrainedModel) -> str:
+    return next((n for n, m in model.named_modules() if _is_linear(m)), "*.fc1")

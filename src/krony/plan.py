@@ -1,0 +1,229 @@
+"""Plan: which matrix gets which factors. Frozen, JSON both ways, no choices left to apply."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from krony import schemes
+from krony.errors import KronyError
+from krony.families import Target, find_targets
+from krony.kron import Layout, Shape
+from krony.schemes import Factors
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix (m, n) and the groups of factors whose sum replaces it."""
+
+    name: str
+    shape: Shape
+    groups: tuple[Factors, ...]
+    scalars: bool = False
+    bias: bool = True
+    conv1d: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Of the factors, learnable scalars included, the bias (which stays) not."""
+        scalars = sum(g.terms for g in self.groups) if self.scalars else 0
+        return sum(g.parameters for g in self.groups) + scalars
+
+    @property
+    def dense_parameters(self) -> int:
+        """m·n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per token, factors kept apart."""
+        return sum(g.multiply_adds for g in self.groups)
+
+    def check(self) -> None:
+        """Raise `KronyError` unless every group multiplies to the matrix."""
+        if not self.groups:
+            raise KronyError(f"{self.name} has no group of factors in the plan; give at least one")
+        for group in self.groups:
+            group.check()
+            if group.shape != tuple(self.shape):
+                raise KronyError(
+                    f"the plan's factors for {self.name} make {group.shape[0]}x{group.shape[1]}, "
+                    f"but the matrix is {self.shape[0]}x{self.shape[1]}; make the plan from this "
+                    "model"
+                )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be factored, and into which shapes: all that rebuilding the modules needs."""
+
+    matrices: tuple[MatrixPlan, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all factors together."""
+        return sum(m.parameters for m in self.matrices)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the same matrices before."""
+        return sum(m.dense_parameters for m in self.matrices)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per token over all matrices; `dense_parameters` is the dense figure."""
+        return sum(m.multiply_adds for m in self.matrices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {"matrices": [asdict(m) for m in self.matrices]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        """The inverse of `to_dict`. Raises `KronyError` for data of another form."""
+        try:
+            matrices = tuple(
+                MatrixPlan(
+                    name=m["name"],
+                    shape=_pair(m["shape"]),
+                    groups=tuple(
+                        Factors(_pair(g["large"]), _pair(g["small"]), g["terms"], g["layout"])
+                        for g in m["groups"]
+                    ),
+                    scalars=m["scalars"],
+                    bias=m["bias"],
+                    conv1d=m["conv1d"],
+                )
+                for m in data["matrices"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise KronyError(f"this is no plan ({error!r}); write one with krony plan") from error
+        for matrix in matrices:
+            matrix.check()
+        return cls(matrices)
+
+    def to_json(self) -> str:
+        """Indented JSON, the same bytes for the same plan."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The inverse of `to_json`. Raises `KronyError` for text that is no plan."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise KronyError(
+                f"the plan is not JSON ({error}); write one with krony plan"
+            ) from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """The plan in a JSON file. Raises `KronyError` if there is none."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise KronyError(f"can't read the plan {path}: {error.strerror}") from error
+
+
+def _pair(value: Iterable[int]) -> Shape:
+    first, second = value
+    return int(first), int(second)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    *,
+    scheme: str | None = None,
+    shape: Shape | None = None,
+    small: Shape | None = None,
+    terms: int = 1,
+    scalars: bool = False,
+    layers: Iterable[int] | None = None,
+    target: str = "mlp",
+    layout: Layout = "small-outer",
+) -> Plan:
+    """The same factors for every matrix that is selected. The model is only looked at.
+
+    Exactly one of `scheme`, `shape` and `small` says which factors.
+
+    Args:
+        scheme: a named model of the paper ("67M" … "96M"), for MLPs of 3072 x 768.
+        shape: of the large factor: hidden x model in an MLP (down matrices get the transpose),
+            outputs x inputs elsewhere.
+        small: of the small factor, in the same order: (2, 2) halves both axes of any matrix.
+        terms: the number of Kronecker products that are summed.
+        scalars: one learnable scalar per term (Krony-PT, section III-F).
+        layers: indices of the blocks to change; None means all.
+        target: "mlp", "attention", "all" or a pattern of module names.
+        layout: "small-outer" (fast) or "large-outer" (the paper's order of rows and columns).
+    Raises:
+        KronyError: shapes that do not divide a matrix, terms beyond the possible rank, layers or
+            a target that select nothing.
+    """
+    if sum(choice is not None for choice in (scheme, shape, small)) != 1:
+        raise KronyError("give one of a scheme, a shape or a small shape, and only one")
+    chosen = None
+    if scheme is not None:
+        chosen = schemes.named(scheme)
+        shape, terms, scalars = chosen.shape, chosen.terms, scalars or chosen.scalars
+    targets = _in_layers(find_targets(model, target), layers)
+    matrices = []
+    for found in targets:
+        if chosen is not None:
+            _check_scheme(chosen, found, model)
+        small_shape = _small_shape(found, model, shape, small)
+        large = schemes.divide(found.shape, small_shape, found.name)
+        factors = Factors(large, small_shape, terms, layout)
+        try:
+            factors.check()
+        except KronyError as error:
+            raise KronyError(f"{found.name}: {error}") from error
+        matrices.append(
+            MatrixPlan(found.name, found.shape, (factors,), scalars, found.bias, found.conv1d)
+        )
+    return Plan(tuple(matrices))
+
+
+def _in_layers(targets: list[Target], layers: Iterable[int] | None) -> list[Target]:
+    if layers is None:
+        return targets
+    wanted = set(layers)
+    present = {t.layer for t in targets if t.layer is not None}
+    missing = sorted(wanted - present)
+    if missing or not wanted:
+        last = max(present, default=-1)
+        raise KronyError(f"there is no layer {missing or 'given'}: layers go from 0 to {last}")
+    return [t for t in targets if t.layer in wanted]
+
+
+def _small_shape(
+    target: Target, model: PreTrainedModel, shape: Shape | None, small: Shape | None
+) -> Shape:
+    """The small factor (m2, n2) of one matrix, from either way of saying it."""
+    axes = target.shape
+    if target.role in ("up", "down"):
+        axes = (target.hidden, model.config.get_text_config().hidden_size)
+    if small is None:
+        assert shape is not None
+        small = schemes.divide(
+            axes, shape, f"{target.name} (hidden x model)" if target.hidden else target.name
+        )
+    return (small[1], small[0]) if target.role == "down" else small
+
+
+def _check_scheme(scheme: schemes.Scheme, target: Target, model: PreTrainedModel) -> None:
+    paper = (schemes.GPT2_HIDDEN, schemes.GPT2_MODEL)
+    axes = (target.hidden, model.config.get_text_config().hidden_size)
+    if target.hidden and axes == paper:
+        return
+    small = schemes.divide(paper, scheme.shape)
+    m, n = axes if target.hidden else target.shape
+    raise KronyError(
+        f"scheme {scheme.name} is the paper's, for MLPs of {paper[0]}x{paper[1]}, and "
+        f"{target.name} is {m}x{n}; give the small factor {small[0]}x{small[1]} of that scheme "
+        f"instead (--small {small[0]}x{small[1]} --terms {scheme.terms})"
+    )
