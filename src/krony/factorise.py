@@ -1,0 +1,211 @@
+"""Initialisation: from a dense matrix to factors, and the in-place compression of a model."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from krony import kron
+from krony.errors import KronyError
+from krony.families import dense_weight
+from krony.layers import KroneckerLinear
+from krony.modeling import KroneckerConfig, attach, build_layer, config_of
+from krony.plan import MatrixPlan, Plan
+from krony.schemes import Factors
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The factors of one group, float64: A (R, m1, n1), B (R, m2, n2), and s (R,)."""
+
+    large: Tensor
+    small: Tensor
+    scalars: Tensor
+
+    @classmethod
+    def from_layout(cls, factors: Factors, outer: Tensor, inner: Tensor) -> "Terms":
+        """Sort outer and inner factors into large and small."""
+        large, small = (inner, outer) if factors.layout == "small-outer" else (outer, inner)
+        return cls(large, small, torch.ones(factors.terms, dtype=torch.float64))
+
+    def ordered(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """(outer, inner), the scalars multiplied in."""
+        small = self.small * self.scalars[:, None, None]
+        return (small, self.large) if factors.layout == "small-outer" else (self.large, small)
+
+    def scaled(self, alpha: float) -> "Terms":
+        """Every term times alpha, carried by the scalars."""
+        return Terms(self.large, self.small, self.scalars * alpha)
+
+
+def _sides(factors: Factors) -> tuple[kron.Shape, kron.Shape]:
+    """(outer, inner) shapes."""
+    pair = (factors.small, factors.large)
+    return pair if factors.layout == "small-outer" else (pair[1], pair[0])
+
+
+def van_loan(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Nearest in the Frobenius norm; each further group is fitted to what the others leave."""
+    found, rest = [], weight
+    for factors in matrix.groups:
+        outer, inner = kron.van_loan(rest, *_sides(factors), factors.terms, seed)
+        found.append(Terms.from_layout(factors, outer, inner))
+        if len(matrix.groups) > 1:
+            rest = rest - kron.to_dense(outer, inner)
+    return found
+
+
+def van_loan_scaled(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Van Loan times α = ‖W‖/‖Ŵ‖ (Krony-PT, section III-F); with scalars, s_r = α."""
+    found = van_loan(weight, matrix, seed)
+    kept = float(_dense(found, matrix).norm())
+    alpha = float(weight.norm()) / kept if kept > 0 else 1.0
+    return [terms.scaled(alpha) for terms in found]
+
+
+def prune(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Keep one row or column of every block, 0.1 of it elsewhere (Krony-PT, section III-G)."""
+    if len(matrix.groups) != 1 or matrix.groups[0].terms != 1:
+        raise KronyError(
+            f"the prune initialisation is one term of one shape, and the plan gives {matrix.name} "
+            f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
+        )
+    (factors,) = matrix.groups
+    pair = kron.prune(weight, *_sides(factors), factors.layout == "small-outer")
+    return [Terms.from_layout(factors, *pair)]
+
+
+def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Gaussian factors with the norm of the dense matrix: the floor that others must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for factors in matrix.groups:
+        outer, inner = (
+            torch.randn(factors.terms, *side, generator=generator, dtype=torch.float64)
+            for side in _sides(factors)
+        )
+        found.append(Terms.from_layout(factors, outer.to(weight.device), inner.to(weight.device)))
+    scale = float(weight.norm() / _dense(found, matrix).norm()) ** 0.5
+    return [Terms(t.large * scale, t.small * scale, t.scalars) for t in found]
+
+
+Initialisation = Callable[[Tensor, MatrixPlan, int], list[Terms]]
+INITS: dict[str, Initialisation] = {
+    "van-loan": van_loan,
+    "van-loan-scaled": van_loan_scaled,
+    "prune": prune,
+    "random": random,
+}
+
+
+def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
+    parts = [kron.to_dense(*t.ordered(g)) for t, g in zip(found, matrix.groups, strict=True)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@torch.no_grad()
+def compress(
+    model: Model,
+    plan: Plan,
+    *,
+    init: str = "van-loan",
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """Replace the planned matrices by Kronecker factors, in place, and return the model.
+
+    All factors are computed in float64 and checked before the first module is replaced, so a
+    model that can't be compressed is left as it was. Equal input gives equal bytes.
+
+    Args:
+        init: a key of `INITS`.
+        seed: for "random", and for Van Loan of matrices too large for the exact method.
+        progress: called with (name of the matrix, its number from 1, how many).
+    Raises:
+        KronyError: a planned matrix that the model does not have, has in another shape, or with
+            NaN or Inf in it; an unknown `init`, or one that the plan's shapes rule out.
+    """
+    if init not in INITS:
+        raise KronyError(f"no initialisation {init!r}; there are {', '.join(INITS)}")
+    modules = {matrix.name: _dense_module(model, matrix) for matrix in plan.matrices}
+    layers: dict[str, KroneckerLinear] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for number, matrix in enumerate(plan.matrices, 1):
+        module = modules[matrix.name]
+        weight = dense_weight(module).detach().double()
+        terms = INITS[init](weight, matrix, seed + number)
+        layers[matrix.name] = _layer(module, matrix, terms)
+        errors[matrix.name] = _measure(weight, layers[matrix.name])
+        if progress is not None:
+            progress(matrix.name, number, len(plan.matrices))
+    before = config_of(model)
+    provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
+    if before is not None:  # a second pass over other matrices adds to the first
+        provenance["matrices"] = {**before.provenance.get("matrices", {}), **errors}
+        plan = Plan(Plan.from_dict(before.plan).matrices + plan.matrices)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    attach(model, KroneckerConfig(plan.to_dict(), provenance))
+    return model
+
+
+def _dense_module(model: PreTrainedModel, matrix: MatrixPlan) -> nn.Module:
+    """The layer that a plan names, checked against the plan."""
+    modules = dict(model.named_modules())
+    module = modules.get(matrix.name)
+    if module is None:
+        near = difflib.get_close_matches(matrix.name, modules, n=3)
+        raise KronyError(
+            f"the plan names {matrix.name}, which {type(model).__name__} does not have; near "
+            f"names: {', '.join(near) or 'none'}"
+        )
+    if isinstance(module, KroneckerLinear):
+        raise KronyError(
+            f"{matrix.name} is factored already; fold the model to dense first "
+            "(krony export --to dense)"
+        )
+    if type(module) not in (nn.Linear, Conv1D):
+        raise KronyError(
+            f"{matrix.name} is a {type(module).__name__}, not a dense linear layer; compress the "
+            "model before it is quantised or adapted"
+        )
+    matrix.check()
+    weight = dense_weight(module)
+    if tuple(weight.shape) != tuple(matrix.shape):
+        raise KronyError(
+            f"{matrix.name} is {weight.shape[0]}x{weight.shape[1]} in the model and "
+            f"{matrix.shape[0]}x{matrix.shape[1]} in the plan; make the plan from this model"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise KronyError(
+            f"{matrix.name} has {bad} NaN or Inf among its {weight.numel()} weights; "
+            "repair the checkpoint, it can't be factored"
+        )
+    return module
+
+
+def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> KroneckerLinear:
+    weight = dense_weight(module)
+    layer = build_layer(matrix, weight.device, weight.dtype)
+    for group, terms in zip(layer.groups, found, strict=True):
+        group.set_factors(terms.large, terms.small, terms.scalars)  # type: ignore[operator]
+    if layer.bias is not None:
+        layer.bias.copy_(module.bias)  # type: ignore[arg-type]
+    return layer.train(module.training)
+
+
+def _measure(weight: Tensor, layer: KroneckerLinear) -> dict[str, float]:
+    """Relative Frobenius error and share of the norm kept, of the factors as they are stored."""
+    dense, size = layer.to_dense(torch.float64), float(weight.norm()) or 1.0
+    return {
+        "relative_error": round(float((weight - dense).norm()) / size, 6),
+        "norm_kept": round(float(dense.norm()) / size, 6),
+    }

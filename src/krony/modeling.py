@@ -1,0 +1,193 @@
+"""The transformers plug-in: configuration, loading, saving and folding back to dense.
+
+Registering a `HfQuantizer` makes `AutoModelForCausalLM.from_pretrained` put `KroneckerLinear`
+modules in place on the meta device and load the factors into them, for every architecture, dtype,
+device map and sharding. Nothing is quantised: the factors are ordinary floating-point parameters.
+"""
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from krony.errors import KronyError
+from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.plan import MatrixPlan, Plan
+
+METHOD = "kronecker"
+
+
+@register_quantization_config(METHOD)
+class KroneckerConfig(QuantizationConfigMixin):
+    """What `config.json` holds about a factored model, under `quantization_config`.
+
+    Args:
+        plan: `Plan.to_dict()`: the shapes of every factored matrix.
+        provenance: how the factors were made (initialisation, seed, error by matrix); only for
+            people to read, the same for the same input.
+    """
+
+    def __init__(
+        self, plan: dict[str, Any], provenance: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.plan = plan
+        self.provenance = provenance or {}
+
+
+@register_quantizer(METHOD)
+class KroneckerQuantizer(HfQuantizer):
+    """Builds the factored modules before the weights are loaded, and folds them back on request."""
+
+    quantization_config: KroneckerConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if not self.pre_quantized:
+            raise KronyError(
+                "a dense checkpoint can't be factored while it loads; load it, then call "
+                "krony.compress(model, plan)"
+            )
+        # The plan may have been made on the model with its head, and loads into one without, or
+        # the other way round; from here on it speaks of this model.
+        plan = _renamed(Plan.from_dict(self.quantization_config.plan), model)
+        self.quantization_config.plan = plan.to_dict()
+        for matrix in plan.matrices:
+            weight = model.get_parameter(f"{matrix.name}.weight")
+            layer = build_layer(matrix, weight.device, weight.dtype)
+            model.set_submodule(matrix.name, layer)
+
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        # By ending: the guards in the file may carry the prefix of another head.
+        ignored |= {re.escape(key) + "$" for key in self._guards()}
+        model._keys_to_ignore_on_load_unexpected = ignored
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        attach(model, self.quantization_config)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The state dict to save, with an empty tensor under the name of every dense weight.
+
+        Where krony is not imported, transformers would skip the unknown method with a warning and
+        leave the dense matrices at random. The empty tensors make it stop with a size mismatch.
+        """
+        return {**model.state_dict(), **self._guards()}, {}
+
+    def _guards(self) -> dict[str, torch.Tensor]:
+        matrices = Plan.from_dict(self.quantization_config.plan).matrices
+        return {f"{matrix.name}.weight": torch.empty(0) for matrix in matrices}
+
+    def dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """Replace every factored layer by the ordinary layer with the same dense weight.
+
+        The sum of products is formed in float64 and rounded once, to `dtype` (default: the
+        dtype of the factors).
+        """
+        conv1d = {m.name: m.conv1d for m in Plan.from_dict(self.quantization_config.plan).matrices}
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, KroneckerLinear):
+                model.set_submodule(name, dense_layer(layer, conv1d[name], dtype))
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _renamed(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan with the base model's prefix added to or taken from its names, as `model` needs."""
+    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
+    matrices = []
+    for matrix in plan.matrices:
+        names = (matrix.name, matrix.name.removeprefix(prefix), prefix + matrix.name)
+        name = next((n for n in names if n in modules), None)
+        if name is None:
+            raise KronyError(
+                f"the checkpoint has a factored {matrix.name}, which {type(model).__name__} does "
+                "not have; load it with the class that it was saved from"
+            )
+        matrices.append(replace(matrix, name=name))
+    return Plan(tuple(matrices))
+
+
+def attach(model: Any, config: KroneckerConfig) -> None:
+    """Mark a model whose modules are factored, so that saving and folding know about it."""
+    # Models made from one configuration object share it: without a copy of its own, this model
+    # would make its dense siblings look factored.
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    own.quantization_config = config
+    model.hf_quantizer = KroneckerQuantizer(config)
+    model.quantization_method = METHOD
+    # transformers forbids .float(), .half() and training on what it takes for quantised models;
+    # these factors are plain floating-point parameters, for which all of that works.
+    model.is_quantized = False
+    if hasattr(own, "_is_quantized"):
+        del own._is_quantized
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of a factored model, or None for a dense one."""
+    config = config_of(model)
+    return None if config is None else Plan.from_dict(config.plan)
+
+
+def config_of(model: nn.Module) -> KroneckerConfig | None:
+    """The configuration of a factored model (its plan and provenance), or None for a dense one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.quantization_config if isinstance(quantizer, KroneckerQuantizer) else None
+
+
+def build_layer(
+    matrix: MatrixPlan,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> KroneckerLinear:
+    """The module that the plan describes, with random factors."""
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    groups = [
+        KroneckerGroup(g.large, g.small, g.terms, g.layout, matrix.scalars, **where)
+        for g in matrix.groups
+    ]
+    (m, n) = matrix.shape
+    return KroneckerLinear(n, m, groups, matrix.bias, **where)
+
+
+@torch.no_grad()
+def dense_layer(
+    layer: KroneckerLinear, conv1d: bool, dtype: torch.dtype | None = None
+) -> nn.Linear | Conv1D:
+    """The ordinary layer with the same weight and bias; `conv1d` says which of the two kinds."""
+    reference = next(layer.parameters())
+    dtype = dtype or reference.dtype
+    weight = layer.to_dense(torch.float64).to(dtype)
+    (m, n), bias = weight.shape, layer.bias is not None
+    with torch.device("meta"):
+        dense = Conv1D(m, n) if conv1d else nn.Linear(n, m, bias=bias)
+    dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return dense
