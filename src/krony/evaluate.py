@@ -1,0 +1,225 @@
+"""Perplexity, with its protocol written down. Knows nothing of Kronecker products."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from krony.data import Text
+from krony.errors import KronyError
+
+# Bytes of float32 logits held at a time: larger batches gain nothing on a CPU.
+LOGIT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One measurement.
+
+    Attributes:
+        protocol: "krony-pt" for disjoint windows (stride = window; the first token of each window
+            is not predicted, as in the paper's evaluation), "sliding" for overlapping ones (every
+            token but the first is predicted once, with at least window - stride of context).
+        perplexity: exp of the mean loss over all predicted tokens.
+        chunk_mean: exp of the unweighted mean over windows of the mean loss, the figure in the
+            paper's tables; only under "krony-pt".
+        nats: mean loss in nats a token.
+        tokens: length of the text.
+        predicted: tokens that were predicted.
+    """
+
+    data: str
+    origin: str
+    protocol: str
+    window: int
+    stride: int
+    tokens: int
+    predicted: int
+    windows: int
+    nats: float
+    perplexity: float
+    chunk_mean: float | None
+    dtype: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
+    """The token ids of the whole text, (T,), without special tokens."""
+    # verbose: the tokenizer would warn of a text longer than the model; windows are cut later.
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest window the model was made for, 1024 where it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1024
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first predicted token, end) of each window; every token is predicted once at most."""
+    previous = 0
+    for begin in range(0, max(tokens, 1), stride):
+        end = min(begin + window, tokens)
+        first = max(previous, begin + 1)
+        if end > first:
+            yield begin, first, end
+        previous = end
+        if end == tokens:
+            return
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    text: Text | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Token-weighted perplexity of a causal language model on one long text.
+
+    Args:
+        ids: token ids of the text, (T,).
+        text: for the record only.
+        window: tokens the model sees at once; default 1024, or its context if that is shorter.
+        stride: tokens from one window to the next; default: the window.
+        progress: called with (windows done, windows in all).
+    Raises:
+        KronyError: a window below 2 or beyond the model's context, a stride outside 1 to window,
+            a text shorter than one window, or a loss that is not finite.
+    Source: Krony-PT, section IV-B, whose code takes disjoint windows of 1,024 tokens.
+    """
+    longest = context_length(model)
+    window = min(1024, longest) if window is None else window
+    stride = window if stride is None else stride
+    if not 2 <= window <= longest:
+        raise KronyError(f"a window of {window} tokens can't be: the model takes 2 to {longest}")
+    if not 1 <= stride <= window:
+        raise KronyError(
+            f"a stride of {stride} tokens can't be: it goes from 1 to the window, {window}"
+        )
+    if len(ids) < window:
+        raise KronyError(
+            f"the text has {len(ids)} tokens, fewer than one window of {window}; give a longer "
+            "text or a smaller --window"
+        )
+    spans = list(windows(len(ids), window, stride))
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = max(1, LOGIT_BYTES // (4 * window * vocabulary))
+    started, sums, counts = time.perf_counter(), [], []
+    for start in range(0, len(spans), batch):
+        part = spans[start : start + batch]
+        for length in sorted({end - begin for begin, _, end in part}, reverse=True):
+            same = [span for span in part if span[2] - span[0] == length]
+            for loss, span in zip(_losses(model, ids, same), same, strict=True):
+                kept = loss[span[1] - span[0] - 1 :]
+                sums.append(float(kept.double().sum()))
+                counts.append(len(kept))
+        if progress is not None:
+            progress(start + len(part), len(spans))
+    total, predicted = math.fsum(sums), sum(counts)
+    nats = total / predicted
+    if not math.isfinite(nats):
+        raise KronyError(
+            f"the loss is {nats}: the model overflows in {model.dtype}, or its weights are "
+            "damaged; try --dtype float32"
+        )
+    disjoint = stride == window
+    means = [s / c for s, c in zip(sums, counts, strict=True)]
+    return Perplexity(
+        data=text.name if text else "tokens",
+        origin=text.origin if text else "",
+        protocol="krony-pt" if disjoint else "sliding",
+        window=window,
+        stride=stride,
+        tokens=len(ids),
+        predicted=predicted,
+        windows=len(spans),
+        nats=nats,
+        perplexity=_exp(nats),
+        chunk_mean=_exp(math.fsum(means) / len(means)) if disjoint else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _exp(nats: float) -> float:
+    # A ruined model can lose more nats a token than a float's exponent holds.
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _losses(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    """Loss of every token after the first in windows of one length: (windows, length - 1)."""
+    rows = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model makes of it; the likeliest tokens at temperature 0.
+
+    Raises:
+        KronyError: a prompt without a token, a length below 1 or beyond the context, a negative
+            temperature.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    room = context_length(model) - ids.shape[1]
+    if ids.shape[1] == 0:
+        raise KronyError("the prompt is empty; give at least one word")
+    if not 1 <= max_new_tokens <= room:
+        raise KronyError(
+            f"{max_new_tokens} new tokens can't be: after a prompt of {ids.shape[1]} tokens the "
+            f"model's context leaves 1 to {room}"
+        )
+    if temperature < 0:
+        raise KronyError(f"a temperature of {temperature} can't be; 0 takes the likeliest token")
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    made = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        **sampling,
+    )
+    return str(tokenizer.decode(made[0], skip_special_tokens=True))
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, to stand beside every figure."""
+    import platform
+    from datetime import date
+
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": gpu,
+    }
