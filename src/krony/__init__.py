@@ -1,0 +1,34 @@
+"""Krony: smaller transformers with Kronecker products.
+
+Importing it registers the loader: from then on `AutoModelForCausalLM.from_pretrained` reads
+factored models.
+"""
+
+from krony.checkpoints import load_model, load_tokenizer, save_model
+from krony.errors import KronyError
+from krony.evaluate import perplexity
+from krony.factorise import INITS, compress
+from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.modeling import KroneckerConfig
+from krony.plan import MatrixPlan, Plan, make_plan
+from krony.schemes import SCHEMES, Factors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "INITS",
+    "SCHEMES",
+    "Factors",
+    "KroneckerConfig",
+    "KroneckerGroup",
+    "KroneckerLinear",
+    "KronyError",
+    "MatrixPlan",
+    "Plan",
+    "compress",
+    "load_model",
+    "load_tokenizer",
+    "make_plan",
+    "perplexity",
+    "save_model",
+]

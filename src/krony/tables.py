@@ -1,0 +1,163 @@
+"""Terminal tables of plans, models and measurements: JSON-ready figures in, rich tables out."""
+
+from typing import Any
+
+from rich.table import Table
+
+from krony.evaluate import Perplexity
+from krony.plan import Plan
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return made
+
+
+def sides(shape: Any) -> str:
+    """(1536, 384) as 1536x384."""
+    return "x".join(map(str, shape))
+
+
+def percent(share: float) -> str:
+    """0.25 as 25.0 %."""
+    return f"{100 * share:.1f} %"
+
+
+def megabytes(count: int) -> str:
+    """Decimal megabytes."""
+    return f"{count / 1e6:,.2f} MB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row a matrix: shapes, terms, parameters, multiply-adds."""
+    made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
+    made.add_column("multiply-adds", justify="right")
+    for m in plan.matrices:
+        factors = " + ".join(f"{g.terms} x {sides(g.large)} by {sides(g.small)}" for g in m.groups)
+        rank = min(sum(g.rank for g in m.groups), *m.shape)
+        made.add_row(
+            m.name,
+            sides(m.shape),
+            factors,
+            f"{rank:,}",
+            f"{m.parameters:,}",
+            percent(m.parameters / m.dense_parameters),
+            percent(m.multiply_adds / m.dense_parameters),
+        )
+    return made
+
+
+def space_table(rows: list[dict[str, Any]], names: dict[tuple[int, ...], str]) -> Table:
+    """A row a point of the design space, the paper's names beside theirs."""
+    made = table(
+        "Design space", "terms x A by B", "rank", "parameters", "share", "multiply-adds", "paper"
+    )
+    for row in rows:
+        matrix = row["parameters"] / row["share"]
+        made.add_row(
+            f"{row['terms']} x {sides(row['large'])} by {sides(row['small'])}",
+            f"{row['rank']:,}",
+            f"{row['parameters']:,}",
+            percent(row["share"]),
+            percent(row["multiply_adds"] / matrix),
+            names.get((*row["large"], row["terms"]), ""),
+        )
+    return made
+
+
+def info_table(info: dict[str, Any]) -> Table:
+    """A row a matrix of a model."""
+    if not info["factored"]:
+        made = table(f"{info['architecture']}, dense", "matrix", "role", "shape", "parameters")
+        for row in info["matrices"]:
+            made.add_row(row["name"], row["role"], sides(row["shape"]), f"{row['parameters']:,}")
+        return made
+    made = table(
+        f"{info['architecture']}, factored by {info['init']} (seed {info['seed']})",
+        "matrix",
+        "shape",
+        "terms x large by small",
+        "parameters",
+        "share",
+        "norm kept",
+    )
+    for row in info["matrices"]:
+        factors = " + ".join(
+            f"{f['terms']} x {sides(f['large'])} by {sides(f['small'])}" for f in row["factors"]
+        )
+        kept = row["norm_kept"]
+        made.add_row(
+            row["name"],
+            sides(row["shape"]),
+            factors + (", scalars" if row["scalars"] else ""),
+            f"{row['parameters']:,}",
+            percent(row["parameters"] / row["dense_parameters"]),
+            "-" if kept is None else percent(kept),
+        )
+    return made
+
+
+def perplexity_table(results: dict[str, Perplexity]) -> Table:
+    """A row a model, all on one text."""
+    first = next(iter(results.values()))
+    made = table(
+        f"{first.data}: {first.tokens:,} tokens, protocol {first.protocol}, window {first.window}, "
+        f"stride {first.stride}",
+        "model",
+        "perplexity",
+        "nats a token",
+        "chunk mean",
+        "against the first",
+        "dtype",
+        "seconds",
+    )
+    for name, result in results.items():
+        made.add_row(
+            name,
+            number(result.perplexity),
+            f"{result.nats:.4f}",
+            "-" if result.chunk_mean is None else number(result.chunk_mean),
+            f"{result.perplexity / first.perplexity:.3f}x",
+            result.dtype,
+            f"{result.seconds:.1f}",
+        )
+    return made
+
+
+def demo_table(record: dict[str, Any]) -> Table:
+    """A row a model of `krony demo`."""
+    made = table(
+        f"{record['data']}: {record['tokens']:,} tokens, protocol {record['protocol']}, window "
+        f"{record['window']}, stride {record['stride']}",
+        "MLPs",
+        "of dense",
+        "parameters",
+        "on disk",
+        "perplexity",
+        "against dense",
+        "factorise",
+        "evaluate",
+        "reloaded",
+    )
+    first = record["rows"][0]["perplexity"]
+    for row in record["rows"]:
+        made.add_row(
+            row["name"],
+            percent(row["mlp_share"]),
+            f"{row['parameters']:,}",
+            megabytes(row["bytes"]),
+            number(row["perplexity"]),
+            f"{row['perplexity'] / first:,.2f}x",
+            f"{row['factorise_seconds']:.2f} s",
+            f"{row['evaluate_seconds']:.1f} s",
+            "equal" if row["reloaded_equal"] else "DIFFERS",
+        )
+    return made
+
+
+def number(value: float) -> str:
+    """Two decimals below a thousand, none above a million."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
