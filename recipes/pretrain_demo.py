@@ -1,0 +1,439 @@
+"""Pretrain the small GPT-2-architecture model that is packaged with Krony.
+
+The text is the docstrings of the Python installation it runs on, so no network is needed:
+
+    python recipes/pretrain_demo.py runs/demo --minutes 70
+
+A run that was stopped goes on from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_model, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+END = "<|endoftext|>"
+END_ID = 0  # the trainer gives special tokens the first identifiers
+WINDOW = 256
+VOCABULARY = 4096
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain the packaged demonstration model.")
+    parser.add_argument("output", type=Path, help="folder for the data, checkpoints and log")
+    parser.add_argument("--export", type=Path, default=ROOT / "src/krony/demo/model")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="training time after which the run ends whatever its step: the learning rate "
+        "follows the time when it is ahead of the steps (and the run is then not reproducible)",
+    )
+    parser.add_argument("--batch", type=int, default=32, help="windows per step")
+    parser.add_argument("--muon-lr", type=float, default=4e-3)
+    parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--evaluate-every", type=int, default=200)
+    parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-export", action="store_true", help="for trials of settings")
+    return parser.parse_args()
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory: returning each large tensor costs a third of the speed."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for each large tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a finished temporary sibling in the place of a folder."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fresh_sibling(folder: Path) -> Path:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Return a byte-level BPE tokenizer, whose first identifier is the end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """Return the texts as one stream of identifiers, each followed by the end of text."""
+    stream: list[int] = []
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        stream += [*encoding.ids, END_ID]
+    return np.array(stream, dtype=np.uint16)
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Write the tokenizer, the token streams and the description of the corpus."""
+    if folder.exists():
+        return
+    # Imported here because a run that goes on has its data already.
+    from krony.docstrings import documents, held_out_topics
+
+    temporary = fresh_sibling(folder)
+    found = documents()
+    texts = {s: [item.text for item in found if item.split == s] for s in ("train", "validation")}
+    # Documents of one package stand together in the list: mix them before packing.
+    np.random.default_rng(seed).shuffle(texts["train"])
+    texts["topics"] = [held_out_topics()]
+    tokenizer = train_tokenizer(texts["train"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=WINDOW,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(temporary / "tokenizer")
+    corpus: dict[str, Any] = {}
+    for split, members in texts.items():
+        stream = encode(tokenizer, members)
+        np.save(temporary / f"{split}.npy", stream)
+        characters = sum(map(len, members))
+        size = {"documents": len(members), "characters": characters, "tokens": len(stream)}
+        corpus[split] = size
+    by_package: Counter[str] = Counter()
+    for item in found:
+        by_package[item.package] += len(item.text)
+    corpus["characters_by_package"] = dict(by_package.most_common())
+    (temporary / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n")
+    replace_folder(temporary, folder)
+
+
+class Windows:
+    """Training windows in an order that depends only on the seed and the position."""
+
+    def __init__(self, stream: np.ndarray, batch: int, seed: int) -> None:
+        self.stream, self.batch, self.seed = stream, batch, seed
+        self.count = (len(stream) - WINDOW) // WINDOW
+        self.epoch = -1
+        self.starts = np.zeros(0, dtype=np.int64)
+
+    def _start(self, position: int) -> int:
+        epoch, index = divmod(position, self.count)
+        if epoch != self.epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            # A new offset each epoch, so that windows are not cut twice at the same places.
+            self.starts = random.permutation(self.count) * WINDOW + random.integers(WINDOW)
+            self.epoch = epoch
+        return int(self.starts[index])
+
+    def __call__(self, step: int) -> torch.Tensor:
+        first = step * self.batch
+        starts = [self._start(position) for position in range(first, first + self.batch)]
+        rows = np.stack([self.stream[start : start + WINDOW] for start in starts])
+        return torch.from_numpy(rows.astype(np.int64))
+
+
+def mean_loss(model: torch.nn.Module, stream: np.ndarray, windows: int | None = None) -> float:
+    """Return the nats per predicted token over windows of 256 at stride 256."""
+    starts = range(0, len(stream) - 1, WINDOW)[:windows]
+    total, count = 0.0, 0
+    model.eval()
+    with torch.inference_mode():
+        for first in range(0, len(starts), 16):
+            rows = [stream[start : start + WINDOW] for start in starts[first : first + 16]]
+            # The last window is shorter: it goes by itself, and all are weighted by tokens.
+            groups = [[row for row in rows if len(row) == WINDOW]]
+            groups += [[row] for row in rows if 1 < len(row) < WINDOW]
+            for group in filter(None, groups):
+                ids = torch.from_numpy(np.stack(group).astype(np.int64))
+                predictions = ids.numel() - len(group)
+                with torch.autocast("cpu", torch.bfloat16, enabled=windows is not None):
+                    loss = model(input_ids=ids, labels=ids).loss
+                total += float(loss) * predictions
+                count += predictions
+    model.train()
+    return total / count
+
+
+def new_model() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=WINDOW,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
+        tie_word_embeddings=True,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def optimisers(model: GPT2LMHeadModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
+    matrices: list[torch.nn.Parameter] = []
+    embeddings: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".h." in name:
+            matrices.append(parameter)
+        else:
+            (embeddings if parameter.ndim == 2 else vectors).append(parameter)
+    muon = torch.optim.Muon(
+        matrices,
+        lr=args.muon_lr,
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        weight_decay=0.05,
+        # The other rule depends on which side is the output, which Conv1D has transposed.
+        adjust_lr_fn="match_rms_adamw",
+    )
+    groups = [
+        {"params": embeddings, "weight_decay": 0.01},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
+    return [muon, adam]
+
+
+def learning_rate_factor(step: int, progress: float, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to nothing when ``progress`` is 1."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def save_checkpoint(
+    folder: Path, model: GPT2LMHeadModel, optims: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> None:
+    final = folder / f"checkpoint-{state['step']:06d}"
+    temporary = fresh_sibling(final)
+    save_model(model, str(temporary / "model.safetensors"))
+    torch.save([optim.state_dict() for optim in optims], temporary / "optimisers.pt")
+    (temporary / "state.json").write_text(json.dumps(state))
+    replace_folder(temporary, final)
+    for other in folder.glob("checkpoint-*"):
+        if other != final:
+            shutil.rmtree(other)
+
+
+def load_checkpoint(
+    folder: Path, model: GPT2LMHeadModel, optims: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    found = [path for path in folder.glob("checkpoint-*") if path.suffix == ""]
+    if not found:
+        return {"step": 0, "seconds": 0.0, "curve": []}
+    newest = max(found)
+    load_model(model, str(newest / "model.safetensors"))
+    loaded = torch.load(newest / "optimisers.pt", weights_only=True)
+    for optim, saved in zip(optims, loaded, strict=True):
+        optim.load_state_dict(saved)
+    state: dict[str, Any] = json.loads((newest / "state.json").read_text())
+    return state
+
+
+def edit_json(
+    path: Path, remove: tuple[str, ...] = (), change: dict[str, Any] | None = None
+) -> None:
+    """Rewrite a JSON file with some keys removed and others set."""
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in remove}
+    path.write_text(json.dumps(content | (change or {}), indent=2, sort_keys=True) + "\n")
+
+
+def export(model: GPT2LMHeadModel, tokenizer: Path, folder: Path) -> None:
+    """Write the model in float16 with its tokenizer, by way of a temporary sibling."""
+    temporary = fresh_sibling(folder)
+    copy = GPT2LMHeadModel(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.tie_weights()
+    copy.half().save_pretrained(temporary)
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, temporary / path.name)
+    # Nothing of the machine goes into the package, and any version may load the tokenizer.
+    edit_json(temporary / "config.json", remove=("_name_or_path",))
+    edit_json(temporary / "generation_config.json", remove=("_from_model_config",))
+    edit_json(
+        temporary / "tokenizer_config.json", change={"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    for path in temporary.iterdir():
+        path.chmod(0o644)
+    replace_folder(temporary, folder)
+
+
+def plot(curve: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    tokens = [point["tokens"] / 1e6 for point in curve]
+    axes.plot(tokens, [point["train_loss"] for point in curve], label="training", alpha=0.6)
+    axes.plot(
+        tokens, [point["validation_loss"] for point in curve], label="validation docstrings (head)"
+    )
+    axes.plot(
+        tokens, [point["topics_loss"] for point in curve], label="held-out pydoc topics (head)"
+    )
+    axes.set(xlabel="training tokens (millions)", ylabel="nats per token")
+    axes.set_title("Pretraining of the demonstration model")
+    axes.set_ylim(top=min(6.0, axes.get_ylim()[1]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def report(args: argparse.Namespace, data: Path, state: dict[str, Any]) -> None:
+    """Evaluate the exported files themselves and write the report and the plot."""
+    model = AutoModelForCausalLM.from_pretrained(args.export, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(args.export)
+    final = {}
+    for split in ("validation", "topics"):
+        nats = mean_loss(model, np.load(data / f"{split}.npy"))
+        final[split] = {"nats_per_token": round(nats, 4), "perplexity": round(math.exp(nats), 3)}
+    tokens = state["step"] * args.batch * WINDOW
+    content = {
+        "final": final,
+        "evaluation": "exported float16 weights run in float32; windows of 256 at stride 256",
+        "curve_evaluation": "first 160 windows of validation and 96 of topics, in bfloat16: "
+        "cheaper, and over other text than the final figures",
+        "parameters": model.num_parameters(),
+        "steps": state["step"],
+        "tokens_seen": tokens,
+        "training_seconds": round(state["seconds"]),
+        "tokens_per_second": round(tokens / state["seconds"]),
+        "time_limit_minutes": args.minutes if math.isfinite(args.minutes) else None,
+        "batch_windows": args.batch,
+        "learning_rates": {"muon": args.muon_lr, "adamw": args.adam_lr},
+        "seed": args.seed,
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": "2 CPU cores, AVX-512 BF16",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "corpus": json.loads((data / "corpus.json").read_text()),
+        "curve": state["curve"],
+    }
+    args.report.mkdir(parents=True, exist_ok=True)
+    (args.report / "pretrain_demo.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(state["curve"], args.report / "pretrain_demo.png")
+    print(json.dumps(final), flush=True)
+
+
+def main() -> None:
+    args = options()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    keep_memory()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    data = args.output / "data"
+    prepare(data, args.seed)
+    streams = {s: np.load(data / f"{s}.npy") for s in ("train", "validation", "topics")}
+    model = new_model()
+    optims = optimisers(model, args)
+    state = load_checkpoint(args.output, model, optims)
+    batches = Windows(streams["train"], args.batch, args.seed)
+    print(f"{model.num_parameters():,} parameters, {len(streams['train']):,} tokens", flush=True)
+
+    model.train()
+    exported, last_save = False, time.monotonic()
+    recent: list[float] = []
+    while True:
+        progress = max(state["step"] / args.steps, state["seconds"] / (60 * args.minutes))
+        done = progress >= 1.0
+        if state["step"] and (done or state["step"] % args.evaluate_every == 0) and recent:
+            point = {
+                "step": state["step"],
+                "tokens": state["step"] * args.batch * WINDOW,
+                "train_loss": round(sum(recent) / len(recent), 4),
+                "validation_loss": round(mean_loss(model, streams["validation"], 160), 4),
+                "topics_loss": round(mean_loss(model, streams["topics"], 96), 4),
+                "seconds": round(state["seconds"], 1),
+            }
+            recent = []
+            state["curve"].append(point)
+            rate = point["tokens"] / state["seconds"]
+            print(f"{progress:6.1%} {rate:6.0f} tokens/s {json.dumps(point)}", flush=True)
+        if done or time.monotonic() - last_save > 60 * args.checkpoint_minutes:
+            if not args.no_export:
+                save_checkpoint(args.output, model, optims, state)
+                if done or not exported:
+                    export(model, data / "tokenizer", args.export)
+                    exported = True
+            last_save = time.monotonic()
+        if done:
+            break
+        began = time.monotonic()
+        factor = learning_rate_factor(state["step"], progress, args.warmup)
+        for optim, rate in zip(optims, (args.muon_lr, args.adam_lr), strict=True):
+            for group in optim.param_groups:
+                group["lr"] = rate * factor
+        ids = batches(state["step"])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        state["step"] += 1
+        state["seconds"] += time.monotonic() - began
+    if not args.no_export:
+        report(args, data, state)
+
+
+if __name__ == "__main__":
+    main()
