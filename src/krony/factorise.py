@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from krony import kron
+from krony import calibrate, kron
+from krony.calibrate import Moments
 from krony.errors import KronyError
 from krony.families import dense_weight
 from krony.layers import KroneckerLinear
 from krony.modeling import KroneckerConfig, attach, build_layer, config_of
 from krony.plan import MatrixPlan, Plan
 from krony.schemes import Factors
+from krony.sequential import DataOptions, Fitted, fit_plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -110,13 +112,18 @@ def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
-@torch.no_grad()
+DATA = "data"
+
+
 def compress(
     model: Model,
     plan: Plan,
     *,
     init: str = "van-loan",
     seed: int = 0,
+    calibration: Tensor | None = None,
+    moments: dict[str, Moments] | None = None,
+    options: DataOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Replace the planned matrices by Kronecker factors, in place, and return the model.
@@ -125,26 +132,28 @@ def compress(
     model that can't be compressed is left as it was. Equal input gives equal bytes.
 
     Args:
-        init: a key of `INITS`.
-        seed: for "random", and for Van Loan of matrices too large for the exact method.
+        init: a key of `INITS`, or "data": factors of least harm on a calibration text.
+        seed: for "random", for Van Loan of matrices too large for the exact method, and for the
+            labels that "data" samples.
+        calibration: token ids (windows, window), needed by "data"; see
+            `calibrate.calibration_windows`.
+        moments: what `calibrate.calibrate` found on them, if that was done already.
+        options: the ingredients of "data"; default: all.
         progress: called with (name of the matrix, its number from 1, how many).
     Raises:
         KronyError: a planned matrix that the model does not have, has in another shape, or with
             NaN or Inf in it; an unknown `init`, or one that the plan's shapes rule out.
     """
-    if init not in INITS:
-        raise KronyError(f"no initialisation {init!r}; there are {', '.join(INITS)}")
+    if init not in (*INITS, DATA):
+        raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
     modules = {matrix.name: _dense_module(model, matrix) for matrix in plan.matrices}
-    layers: dict[str, KroneckerLinear] = {}
-    errors: dict[str, dict[str, float]] = {}
-    for number, matrix in enumerate(plan.matrices, 1):
-        module = modules[matrix.name]
-        weight = dense_weight(module).detach().double()
-        terms = INITS[init](weight, matrix, seed + number)
-        layers[matrix.name] = _layer(module, matrix, terms)
-        errors[matrix.name] = _measure(weight, layers[matrix.name])
-        if progress is not None:
-            progress(matrix.name, number, len(plan.matrices))
+    if init == DATA:
+        if calibration is None:
+            raise KronyError("the data initialisation needs calibration windows; none were given")
+        options = options or DataOptions()
+        layers, errors = _by_data(model, plan, calibration, moments, options, seed, progress)
+    else:
+        layers, errors = _by_weights(modules, plan, init, seed, progress)
     before = config_of(model)
     provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
     if before is not None:  # a second pass over other matrices adds to the first
@@ -154,6 +163,77 @@ def compress(
         model.set_submodule(name, layer)
     attach(model, KroneckerConfig(plan.to_dict(), provenance))
     return model
+
+
+Layers = dict[str, KroneckerLinear]
+Errors = dict[str, dict[str, float]]
+
+
+@torch.no_grad()
+def _by_weights(
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    init: str,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Layers, Errors]:
+    layers: Layers = {}
+    errors: Errors = {}
+    for number, matrix in enumerate(plan.matrices, 1):
+        module = modules[matrix.name]
+        weight = dense_weight(module).detach().double()
+        terms = INITS[init](weight, matrix, seed + number)
+        layers[matrix.name] = _layer(module, matrix, terms)
+        errors[matrix.name] = _measure(weight, layers[matrix.name])
+        if progress is not None:
+            progress(matrix.name, number, len(plan.matrices))
+    return layers, errors
+
+
+def _by_data(
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: Tensor,
+    moments: dict[str, Moments] | None,
+    options: DataOptions,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Layers, Errors]:
+    work = calibrate.full_precision(model)
+    if moments is None:
+        names = [matrix.name for matrix in plan.matrices]
+        moments = calibrate.calibrate(
+            work, calibration, names, gradients=options.gradients, seed=seed
+        )
+    calibrate.check_tokens(moments)
+    fitted = fit_plan(work, plan, calibration, moments, _install, options, progress=progress)
+    layers: Layers = {}
+    errors: Errors = {}
+    with torch.no_grad():
+        for matrix in plan.matrices:
+            layer, fit = fitted[matrix.name]
+            assert isinstance(layer, KroneckerLinear)
+            module = model.get_submodule(matrix.name)
+            weight = dense_weight(module)
+            layers[matrix.name] = layer.to(weight.device, weight.dtype).train(module.training)
+            errors[matrix.name] = {
+                **_measure(weight.detach().double(), layers[matrix.name]),
+                "harm": round(fit.harm, 8),
+            }
+    return layers, errors
+
+
+def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> nn.Module:
+    """The factored layer with the fitted factors and bias."""
+    terms = [
+        Terms.from_layout(factors, *pair)
+        for factors, pair in zip(matrix.groups, fitted.pairs, strict=True)
+    ]
+    with torch.no_grad():
+        layer = _layer(module, matrix, terms)
+        if fitted.bias is not None:
+            layer.bias.copy_(fitted.bias)
+    return layer
 
 
 def _dense_module(model: PreTrainedModel, matrix: MatrixPlan) -> nn.Module:

@@ -110,21 +110,21 @@ def _target(name: str, module: nn.Module) -> Target:
     return Target(name, (m, n), "other", None, 0, conv1d, module.bias is not None)
 
 
-def _blocks(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
+def blocks(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
     """(name, index, module) of every block: the members of the outermost ModuleLists."""
-    blocks: list[tuple[str, int, nn.Module]] = []
+    found: list[tuple[str, int, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(inside):
             inside += (name + ".",)
-            blocks += [(f"{name}.{i}", i, block) for i, block in enumerate(module)]
-    return blocks
+            found += [(f"{name}.{i}", i, block) for i, block in enumerate(module)]
+    return found
 
 
 def _block_targets(model: PreTrainedModel) -> list[Target]:
     width = model.config.get_text_config().hidden_size
     found: list[Target] = []
-    for block_name, index, block in _blocks(model):
+    for block_name, index, block in blocks(model):
         siblings: dict[str, list[Target]] = defaultdict(list)
         for name, module in block.named_modules(prefix=block_name):
             if not _is_linear(module):

@@ -1,0 +1,316 @@
+"""Second moments of what flows into and back through the matrices of a model.
+
+Memory: for each matrix (m, n) that is asked for, n² + m² numbers in float64; matrices that read the
+same tensor (gate and up; q, k and v) share the first part. GPT-2 small's MLPs take 1.9 GB.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from krony import data, docstrings, evaluate
+from krony.errors import KronyError
+
+TOKENS_PER_DIMENSION = 20
+SELF = "self"
+
+
+@dataclass
+class Inputs:
+    """Moments of the inputs x (n) of a matrix, summed over tokens in float64."""
+
+    total: Tensor
+    square: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int) -> "Inputs":
+        return cls(
+            torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+        )
+
+    def add(self, x: Tensor) -> None:
+        """Add a block of tokens (..., n): products in its own dtype, the sum in float64."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        self.total += x.sum(0, dtype=torch.float64).cpu()
+        self.square += (x.T @ x).double().cpu()
+        self.tokens += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], (n,)."""
+        return self.total / self.tokens
+
+    @property
+    def second(self) -> Tensor:
+        """E[x xᵀ], (n, n)."""
+        return self.square / self.tokens
+
+    @property
+    def covariance(self) -> Tensor:
+        """Cov(x), (n, n)."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class Moments:
+    """What calibration knows of one matrix: its inputs, and the loss gradients at its outputs."""
+
+    inputs: Inputs
+    gradient_square: Tensor | None = None
+    tokens: int = field(default=0)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """E[g gᵀ], (m, m), or None if no gradients were collected."""
+        return None if self.gradient_square is None else self.gradient_square / self.tokens
+
+
+def calibration_windows(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    windows: int = 128,
+    window: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids (windows, window) to calibrate on.
+
+    Args:
+        name: any text that `evaluate --data` takes, "python-docstrings" (of the standard library
+            and numpy: a part of what the packaged model was trained on), or "self": text that the
+            model samples, for which no data is needed.
+        windows: how many, spread evenly over the text.
+    Raises:
+        KronyError: the text is shorter than one window, or there is no tokenizer for it.
+    """
+    window = window or min(1024, evaluate.context_length(model))
+    if name == SELF:
+        return sample(model, windows, window, seed)
+    if tokenizer is None:
+        raise KronyError("the model has no tokenizer for a calibration text; use self instead")
+    if name == "python-docstrings":
+        documents = docstrings.python_docstrings("train", ("stdlib", "numpy"))
+        text = data.Text(name, data.SEPARATOR.join(documents), name)
+    else:
+        text = data.load_text(name)
+    # A long text is thinned before it is tokenised: tokens are rarely longer than ten characters.
+    most = windows * window * 10
+    if len(text.text) > 2 * most:
+        step = len(text.text) // windows
+        pieces = [text.text[i * step : i * step + window * 10] for i in range(windows)]
+        rows = [evaluate.tokenize(tokenizer, data.Text(name, p, name))[:window] for p in pieces]
+        rows = [row for row in rows if len(row) == window]
+    else:
+        ids = evaluate.tokenize(tokenizer, text)
+        count = min(windows, len(ids) // window)
+        starts = [i * (len(ids) - window) // max(count - 1, 1) for i in range(count)]
+        rows = [ids[start : start + window] for start in starts]
+    if not rows:
+        raise KronyError(f"the calibration text {name} is shorter than one window of {window}")
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tensor:
+    """Text of the model itself, (windows, window), at temperature 1, seeded."""
+    torch.manual_seed(seed)
+    config = model.config.get_text_config()
+    first = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
+    rows = []
+    for start in range(0, windows, 16):
+        begin = torch.full((min(16, windows - start), 1), first, device=model.device)
+        made = model.generate(  # type: ignore[operator]
+            begin,
+            attention_mask=torch.ones_like(begin),
+            do_sample=True,
+            top_k=0,
+            max_length=window,
+            min_length=window,
+            pad_token_id=first,
+        )
+        rows.append(made.cpu())
+    return torch.cat(rows)
+
+
+def check_tokens(moments: dict[str, Moments]) -> None:
+    """Warn where there are fewer than 20 tokens for each input dimension."""
+    width = max(m.inputs.total.numel() for m in moments.values())
+    tokens = min(m.inputs.tokens for m in moments.values())
+    if tokens < TOKENS_PER_DIMENSION * width:
+        warnings.warn(
+            f"{tokens} calibration tokens are few for {width} input dimensions: the factors may "
+            f"fit the sample instead of the language; give at least {TOKENS_PER_DIMENSION * width}",
+            stacklevel=3,
+        )
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    names: list[str],
+    *,
+    gradients: bool = True,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Moments]:
+    """Moments of the named linear layers over all windows, in one pass.
+
+    The loss whose gradients are taken is that of labels sampled from the model itself, so that
+    E[g gᵀ] is the Fisher information and the harm in `fit.py` estimates the KL divergence from the
+    dense model; the text is used for its contexts only.
+
+    Args:
+        windows: token ids, (windows, window).
+        gradients: also collect E[g gᵀ]; costs a backward pass.
+    """
+    found: dict[str, Moments] = {}
+    # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
+    shared: dict[int, tuple[Tensor, Inputs]] = {}
+    modules = {name: model.get_submodule(name) for name in names}
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            (x,) = arguments
+            if name not in found:  # the first batch shows which matrices read the same tensor
+                _, inputs = shared.setdefault(id(x), (x, Inputs.zeros(x.shape[-1])))
+                width = output.shape[-1]
+                square = torch.zeros(width, width, dtype=torch.float64) if gradients else None
+                found[name] = Moments(inputs, square)
+            entry = found[name]
+            if id(entry.inputs) not in seen:
+                seen.add(id(entry.inputs))
+                entry.inputs.add(x)
+            if gradients:
+                output.register_hook(lambda g: _add_gradient(entry, g))
+
+        return hook
+
+    handles = [module.register_forward_hook(enter(name)) for name, module in modules.items()]
+    generator = torch.Generator().manual_seed(seed)
+    flags = [p.requires_grad for p in model.parameters()]
+    try:
+        # Only activations need gradients; the input embeddings start the graph.
+        model.requires_grad_(False)
+        for start in range(0, len(windows), batch):
+            seen: set[int] = set()
+            ids = windows[start : start + batch].to(model.device)
+            with torch.set_grad_enabled(gradients):
+                embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
+                logits = model(inputs_embeds=embedded, use_cache=False).logits
+            if gradients:
+                _sampled_loss(logits, generator).backward()
+            if start == 0:
+                shared.clear()
+            if progress is not None:
+                progress(min(start + batch, len(windows)), len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+    return found
+
+
+def _add_gradient(entry: Moments, gradient: Tensor) -> None:
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    assert entry.gradient_square is not None
+    entry.gradient_square += (flat.T @ flat).double().cpu()
+    entry.tokens += len(flat)
+
+
+def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over tokens of -log p(label), labels drawn from p itself."""
+    logs = logits.float().log_softmax(-1).flatten(0, 1)
+    drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+    return -logs.gather(1, drawn.to(logs.device)).sum()
+
+
+# Block by block, for factors that see the inputs of the model that is already compressed.
+
+
+class BlockStream:
+    """Replays the blocks of a model on stored hidden states, one block at a time.
+
+    Everything but the hidden states that a block receives (masks, positions) is recorded once, so
+    all batches must have one shape. Memory: the hidden states, 4 bytes x tokens x width.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: list[nn.Module], windows: Tensor, batch: int
+    ) -> None:
+        self.blocks, self.windows, self.batch = blocks, windows, min(batch, len(windows))
+        self.extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden: list[Tensor] = []
+        usable = len(windows) // self.batch * self.batch
+        with torch.no_grad():
+            for start in range(0, usable, self.batch):
+                ids = windows[start : start + self.batch].to(model.device)
+                self._record(model, ids)
+
+    def _record(self, model: PreTrainedModel, ids: Tensor) -> None:
+        first = not self.hidden
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            hidden = arguments[0] if arguments else options["hidden_states"]
+            if module is self.blocks[0]:
+                self.hidden.append(hidden.clone())
+                if not first:
+                    raise _Stop
+            kept = {k: v for k, v in options.items() if k != "hidden_states"}
+            self.extra.append((arguments[1:], kept))
+
+        with _hooks(self.blocks if first else self.blocks[:1], hook), suppress(_Stop):
+            model(input_ids=ids, use_cache=False)
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The output of `block`, which stands at `index`, for a batch of hidden states."""
+        arguments, options = self.extra[index]
+        output = block(hidden, *arguments, **options)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Stop(Exception):  # noqa: N818  not an error: it ends a forward pass early
+    pass
+
+
+@contextmanager
+def _hooks(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Inside, every forward leaves the inputs (or outputs) of the modules in the dictionary."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = (output if outputs else arguments[0]).detach()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself in float32, or a float32 copy of one in half precision."""
+    return model if model.dtype == torch.float32 else copy.deepcopy(model).float()

@@ -1,0 +1,230 @@
+"""The "data" initialisation: factors of least harm on real inputs, block after block.
+
+Each matrix is fitted to what it is for: given the inputs x̃ that it will really get, from a model
+whose earlier matrices are compressed already, come as close as possible to the outputs y of the
+dense model, weighed by what the loss makes of them (fit.py). With K = Cov(y, x̃) and C = Cov(x̃) the
+best unconstrained matrix is K C⁻¹, and the harm of a factored one is counted from there; the bias
+then removes the mean error exactly.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from krony import calibrate, fit
+from krony.calibrate import BlockStream, Inputs, Moments
+from krony.errors import KronyError
+from krony.families import blocks, dense_weight
+from krony.kron import to_dense
+from krony.plan import MatrixPlan, Plan
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The ingredients; all of them on is the default, each can be switched off to measure it.
+
+    Attributes:
+        sequential: fit to the inputs of the compressed model, not of the dense one.
+        bias: correct the bias for the mean error (where the layer has one).
+        centred: weigh inputs by their covariance, not by their second moment about zero.
+        gradients: weigh outputs by the loss gradients.
+    """
+
+    sequential: bool = True
+    bias: bool = True
+    centred: bool = True
+    gradients: bool = True
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Factors of one matrix: (outer, inner) a group, its new bias, and the harm in nats a token."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    bias: Tensor | None
+    harm: float
+
+
+@dataclass
+class _Pairing:
+    """Moments of the inputs x̃ in the compressed model with the outputs y of the dense one."""
+
+    inputs: Inputs
+    cross: Tensor
+    mean_out: Tensor
+
+    @classmethod
+    def zeros(cls, m: int, inputs: Inputs) -> "_Pairing":
+        cross = torch.zeros(m, inputs.total.numel(), dtype=torch.float64)
+        return cls(inputs, cross, torch.zeros(m, dtype=torch.float64))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add a block of tokens; the inputs, which matrices may share, are added by the caller."""
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        self.cross += (y.T @ x).double().cpu()
+        self.mean_out += y.sum(0, dtype=torch.float64).cpu()
+
+
+def fit_matrix(
+    matrix: MatrixPlan,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Inputs,
+    gradient: Tensor | None,
+    options: DataOptions,
+    pairing: _Pairing | None = None,
+) -> Fitted:
+    """Factors and bias of least harm for one matrix.
+
+    Args:
+        weight: (m, n), float64.
+        gradient: E[g gᵀ], (m, m), or None to weigh all outputs alike.
+        pairing: moments with the dense outputs; None fits to the weight itself.
+    """
+    correct = options.bias and bias is not None
+    # Without a bias to absorb the mean, the mean error is an error like any other.
+    centred = options.centred and correct
+    metric = fit.Metric.of(
+        inputs.covariance if centred else inputs.second, gradient, weight.shape[0]
+    )
+    wanted = weight
+    if pairing is not None:
+        cross = pairing.cross / inputs.tokens
+        if bias is not None:  # y holds the dense bias; the weight alone explains the rest
+            cross = cross - torch.outer(bias, inputs.mean)
+        if centred:
+            mean = pairing.mean_out / inputs.tokens
+            if bias is not None:
+                mean = mean - bias
+            cross = cross - torch.outer(mean, inputs.mean)
+        # From the dense weight: where the sample says nothing, nothing changes.
+        moments = inputs.covariance if centred else inputs.second
+        step = torch.linalg.solve(metric.inputs, (cross - weight @ moments).T).T
+        wanted = weight + step
+    pairs, history = fit.groups(wanted, metric, matrix.groups)
+    if bias is not None and correct:
+        dense = torch.stack([to_dense(*pair) for pair in pairs]).sum(0)
+        goal = weight @ inputs.mean + bias
+        if pairing is not None:
+            goal = pairing.mean_out / inputs.tokens
+        bias = goal - dense @ inputs.mean
+    return Fitted(pairs, bias, history[-1])
+
+
+def fit_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Tensor,
+    moments: dict[str, Moments],
+    install: Callable[[nn.Module, MatrixPlan, Fitted], nn.Module],
+    options: DataOptions,
+    batch: int = 8,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, tuple[nn.Module, Fitted]]:
+    """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
+
+    Args:
+        windows: token ids (windows, window) that the inputs are taken from.
+        moments: of every planned matrix, from `calibrate.calibrate`.
+        install: makes the factored layer from the dense one, the plan and the fit.
+        progress: called with (name, number from 1, how many).
+    Returns:
+        The factored layer and its fit, by name.
+    Raises:
+        KronyError: a matrix outside of the model's blocks.
+    """
+    done: dict[str, tuple[nn.Module, Fitted]] = {}
+    planned = {matrix.name: matrix for matrix in plan.matrices}
+
+    def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
+        entry, matrix = moments[name], planned[name]
+        bias = None if layer.bias is None else layer.bias.detach().double().cpu()  # type: ignore[operator]
+        fitted = fit_matrix(
+            matrix,
+            dense_weight(layer).detach().double().cpu(),
+            bias,
+            entry.inputs if pairing is None else pairing.inputs,
+            entry.gradient if options.gradients else None,
+            options,
+            pairing,
+        )
+        made = install(layer, matrix, fitted)
+        done[name] = (made, fitted)
+        if progress is not None:
+            progress(name, len(done), len(planned))
+        return made
+
+    if not options.sequential:
+        for name in planned:
+            solve(name, model.get_submodule(name), None)
+        return done
+
+    named = blocks(model)
+    inside = [n for n in planned if any(n.startswith(block + ".") for block, _, _ in named)]
+    outside = sorted(set(planned) - set(inside))
+    if outside:
+        raise KronyError(
+            f"{outside[0]} is outside of the model's blocks, where inputs can't be followed; "
+            "leave it out, or use another --init"
+        )
+    last = max(
+        i for i, (block, _, _) in enumerate(named) if any(n.startswith(block + ".") for n in inside)
+    )
+    stream = BlockStream(model, [module for _, _, module in named], windows, batch)
+    dense_hidden, hidden = stream.hidden, list(stream.hidden)
+    with torch.no_grad():
+        for index, (block_name, _, dense) in enumerate(named[: last + 1]):
+            work = copy.deepcopy(dense)
+            prefix = block_name + "."
+            mine = [n.removeprefix(prefix) for n in inside if n.startswith(prefix)]
+            for stage in _stages(stream, index, dense, dense_hidden[0], mine):
+                pairings = _pair(stream, index, dense, work, dense_hidden, hidden, stage)
+                for name, pairing in pairings.items():
+                    layer = dense.get_submodule(name)
+                    work.set_submodule(name, solve(prefix + name, layer, pairing))
+            if index < last:
+                dense_hidden = [stream.run(index, dense, h) for h in dense_hidden]
+                hidden = [stream.run(index, work, h) for h in hidden]
+    return done
+
+
+def _stages(
+    stream: BlockStream, index: int, block: nn.Module, hidden: Tensor, names: list[str]
+) -> list[list[str]]:
+    """Names in the order of the forward pass, those that read one tensor together."""
+    with calibrate.captured({n: block.get_submodule(n) for n in names}, outputs=False) as seen:
+        stream.run(index, block, hidden)
+    stages: dict[int, list[str]] = {}
+    for name, x in seen.items():
+        stages.setdefault(x.data_ptr(), []).append(name)
+    return list(stages.values())
+
+
+def _pair(
+    stream: BlockStream,
+    index: int,
+    dense: nn.Module,
+    work: nn.Module,
+    dense_hidden: list[Tensor],
+    hidden: list[Tensor],
+    stage: list[str],
+) -> dict[str, _Pairing]:
+    """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches."""
+    originals = {name: dense.get_submodule(name) for name in stage}
+    followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
+    found: dict[str, _Pairing] = {}
+    for here, there in zip(dense_hidden, hidden, strict=True):
+        with calibrate.captured(originals, outputs=True) as outputs:
+            stream.run(index, dense, here)
+        with calibrate.captured(followed, outputs=False) as inputs:
+            stream.run(index, work, there)
+        x = inputs[stage[0]]
+        shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1])
+        shared.add(x)
+        for name, y in outputs.items():
+            found.setdefault(name, _Pairing.zeros(y.shape[-1], shared)).add(x, y)
+    return found
