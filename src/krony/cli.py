@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from krony import checkpoints, data, evaluate, info, schemes, tables
+from krony import budget, calibrate, checkpoints, data, evaluate, info, schemes, tables
 from krony.errors import KronyError
-from krony.factorise import INITS, compress
-from krony.kron import LAYOUTS, Shape
+from krony.factorise import DATA, INITS, compress
+from krony.kron import LAYOUTS
 from krony.modeling import config_of
-from krony.plan import Plan, make_plan
+from krony.plan import Plan, make_plan, parse_layers, parse_shape
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -32,10 +33,12 @@ out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 err = Console(stderr=True, highlight=False)
 
 Dtype = StrEnum("Dtype", list(checkpoints.DTYPES))  # type: ignore[misc]
-Init = StrEnum("Init", {name: name for name in INITS})  # type: ignore[misc]
+Init = StrEnum("Init", {name: name for name in (*INITS, DATA)})  # type: ignore[misc]
+ObjectiveName = StrEnum("ObjectiveName", {o: o for o in budget.OBJECTIVES})  # type: ignore[misc]
 LayoutName = StrEnum("LayoutName", {name: name for name in LAYOUTS})  # type: ignore[misc]
 
 DEFAULT_LAYOUT, DEFAULT_INIT = LayoutName(LAYOUTS[0]), Init("van-loan")
+DEFAULT_OBJECTIVE = ObjectiveName(budget.OBJECTIVES[0])
 
 
 class Form(StrEnum):
@@ -124,7 +127,7 @@ def plan_command(
     model = checkpoints.load_model(source)
     plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
     out.print(tables.plan_table(plan))
-    _print_saving(info.parameters(model), plan)
+    out.print(tables.saving(info.parameters(model), plan))
     if json_file is not None:
         checkpoints.write_text(json_file, plan.to_json())
         out.print(f"Wrote {json_file}")
@@ -143,7 +146,23 @@ def compress_command(
     target: TargetText = "mlp",
     layout: LayoutOption = DEFAULT_LAYOUT,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
-    init: Annotated[Init, typer.Option(help="How the factors are found.")] = DEFAULT_INIT,
+    share: Annotated[
+        float | None,
+        typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
+    ] = None,
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="What a budget counts: parameters, or multiply-adds.")
+    ] = DEFAULT_OBJECTIVE,
+    init: Annotated[
+        Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
+    ] = calibrate.SELF,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     dtype: DtypeOption = None,
     seed: Annotated[int, typer.Option(help="For whatever is random.")] = 0,
 ) -> None:
@@ -151,20 +170,54 @@ def compress_command(
     checkpoints.check_destination(destination)
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
-    if plan_file is not None:
+    before = info.parameters(model)
+    budgeted = share is not None or params is not None
+    if plan_file is not None and (scheme or shape or small or budgeted):
+        raise KronyError("give a plan, or a scheme, shape, small shape or budget, not both")
+    method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
+    tokens = moments = expected = None
+    if budgeted or method == DATA:
+        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
+    if budgeted and tokens is not None:
         if scheme or shape or small:
-            raise KronyError("give a plan, or a scheme, shape or small shape, not both")
+            raise KronyError("give a budget, or a scheme or shape, not both")
+        with _progress("Planning") as bar:
+            task = bar.add_task("Planning", total=None)
+            found = budget.make_budget_plan(
+                model,
+                tokens,
+                share=share,
+                parameters=budget.parse_count(params),
+                target=target,
+                objective=objective.value,
+                seed=seed,
+                progress=lambda what, i, n: bar.update(
+                    task, description=what, completed=i, total=n
+                ),
+            )
+        plan, moments, expected = found.plan, found.moments, found.harm
+        out.print(tables.plan_table(plan))
+    elif plan_file is not None:
         plan = Plan.read(plan_file)
     else:
         plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
-    before = info.parameters(model)
     with _progress("Factorising") as bar:
         task = bar.add_task("Factorising", total=len(plan.matrices))
-        compress(model, plan, init=init.value, seed=seed, progress=lambda *_: bar.advance(task))
+        compress(
+            model,
+            plan,
+            init=method,
+            seed=seed,
+            calibration=tokens,
+            moments=moments,
+            progress=lambda *_: bar.advance(task),
+        )
     if dtype is not None:
         model.to(checkpoints.DTYPES[dtype.value])  # type: ignore[arg-type]
     checkpoints.save_model(model, destination, tokenizer)
-    _print_saving(before, plan)
+    out.print(tables.saving(before, plan))
+    if expected is not None:
+        out.print(f"Predicted harm of this plan: {expected:.4f} nats a token.")
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
 
 
@@ -296,35 +349,14 @@ def _plan(
     return make_plan(
         model,
         scheme=scheme,
-        shape=_shape(shape, "--shape"),
-        small=_shape(small, "--small"),
+        shape=parse_shape(shape, "--shape"),
+        small=parse_shape(small, "--small"),
         terms=terms,
         scalars=scalars,
-        layers=_layers(layers),
+        layers=parse_layers(layers),
         target=target,
         layout=layout.value,
     )
-
-
-def _shape(text: str | None, option: str) -> Shape | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise KronyError(f"{option} {text!r} is no shape; write two numbers, for example 1536x384")
-    return int(parts[0]), int(parts[1])
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise KronyError(f"--layers {text!r} is no list of layers; write for example 0,2-5")
-        found += range(int(first), int(last if dash else first) + 1)
-    return found
 
 
 def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.PreTrainedModel:
@@ -334,16 +366,6 @@ def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.
     # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
     wanted = torch.float32 if device == "cpu" else None
     return checkpoints.load_model(source, wanted, device)
-
-
-def _print_saving(before: int, plan: Plan) -> None:
-    after = before - plan.dense_parameters + plan.parameters
-    out.print(
-        f"\n{len(plan.matrices)} matrices: {plan.dense_parameters:,} parameters become "
-        f"{plan.parameters:,} ({tables.percent(plan.parameters / plan.dense_parameters)}), "
-        f"multiply-adds {tables.percent(plan.multiply_adds / plan.dense_parameters)}.\n"
-        f"The model: {before:,} become {after:,}, {tables.percent(1 - after / before)} saved."
-    )
 
 
 def _progress(_: str) -> Progress:
@@ -365,6 +387,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
     try:
         app()
     except KronyError as error:

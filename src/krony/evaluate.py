@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from krony.data import Text
 from krony.errors import KronyError
 
-# Bytes of float32 logits held at a time: larger batches gain nothing on a CPU.
-LOGIT_BYTES = 256 * 2**20
+# Bytes of float32 logits held at a time: on a CPU larger buffers are slower (fresh pages).
+LOGIT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,11 @@ def _exp(nats: float) -> float:
 def _losses(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
     """Loss of every token after the first in windows of one length: (windows, length - 1)."""
     rows = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    logits = model(input_ids=rows, use_cache=False).logits.float()
+    # The last position has no label; a slice of the logits would copy all of them.
+    labels = F.pad(rows[:, 1:], (0, 1), value=-100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(rows.shape)[:, :-1]
 
 
 @torch.inference_mode()

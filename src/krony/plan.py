@@ -188,6 +188,29 @@ def make_plan(
     return Plan(tuple(matrices))
 
 
+def parse_shape(text: str | None, option: str) -> Shape | None:
+    """(1536, 384) from "1536x384". Raises `KronyError` that names the option."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise KronyError(f"{option} {text!r} is no shape; write two numbers, for example 1536x384")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """[0, 2, 3, 4, 5] from "0,2-5". Raises `KronyError`."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise KronyError(f"--layers {text!r} is no list of layers; write for example 0,2-5")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
 def _in_layers(targets: list[Target], layers: Iterable[int] | None) -> list[Target]:
     if layers is None:
         return targets

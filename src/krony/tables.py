@@ -50,6 +50,17 @@ def plan_table(plan: Plan) -> Table:
     return made
 
 
+def saving(before: int, plan: Plan) -> str:
+    """What a plan does to a model of `before` parameters, in two lines."""
+    after = before - plan.dense_parameters + plan.parameters
+    return (
+        f"\n{len(plan.matrices)} matrices: {plan.dense_parameters:,} parameters become "
+        f"{plan.parameters:,} ({percent(plan.parameters / plan.dense_parameters)}), "
+        f"multiply-adds {percent(plan.multiply_adds / plan.dense_parameters)}.\n"
+        f"The model: {before:,} become {after:,}, {percent(1 - after / before)} saved."
+    )
+
+
 def space_table(rows: list[dict[str, Any]], names: dict[tuple[int, ...], str]) -> Table:
     """A row a point of the design space, the paper's names beside theirs."""
     made = table(

@@ -1,0 +1,59 @@
+"""README's commands and Python, run as they stand; its tree and tables against the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import krony
+from krony import budget, data
+from krony.schemes import SCHEMES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_commands_run_in_order(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The head of the text, and one candidate instead of five, show that the commands work.
+    full = data.TEXTS["python-docs"]("python-docs")
+    head = data.Text(full.name, full.text[:20_000], full.origin)
+    monkeypatch.setattr(budget, "KRONECKER_SHARES", (0.3,))
+    monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 6
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "krony"
+        code, out, err = run(*arguments)
+        assert code == 0, f"{command}: {err}"
+        assert out.strip(), f"{command} printed nothing"
+
+
+def test_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("python")
+    names: dict = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert type(names["again"].transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+
+
+def test_tree_is_the_tree():
+    listed = set(re.findall(r"^  (\w+\.py) ", README, re.MULTILINE))
+    there = {p.name for p in (ROOT / "src/krony").glob("*.py")}
+    assert listed == there - {"__init__.py", "__main__.py", "errors.py"}
+
+
+@pytest.mark.parametrize("name", [*krony.INITS, *SCHEMES])
+def test_every_initialisation_and_scheme_is_named(name):
+    assert f"`{name}`" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
