@@ -189,7 +189,23 @@ BAD = {
     ),
     "plan and shape": (
         ["compress", "demo", "{dst}", "--plan", "{short}", "--small", "2x2"],
-        "not both",
+        "not two of them",
+    ),
+    "budget and shape": (
+        ["compress", "demo", "{dst}", "--budget", "0.2", "--small", "2x2"],
+        "not two of them",
+    ),
+    "budget and terms": (
+        ["compress", "demo", "{dst}", "--budget", "0.2", "--terms", "3"],
+        "finds its own terms",
+    ),
+    "size that is no count": (
+        ["compress", "demo", "{dst}", "--params", "few"],
+        "write for example 81M",
+    ),
+    "budget too small": (
+        ["compress", "demo", "{dst}", "--params", "1M", "--calibration", "{long}"],
+        "a model of 1,000,000 parameters can't be",
     ),
     "plan is no plan": (["compress", "demo", "{dst}", "--plan", "{short}"], "the plan is not JSON"),
     "no tokenizer": (["generate", "{nan}", "Hello"], "has no tokenizer"),
@@ -216,9 +232,10 @@ def corner(tmp_path_factory):
     damaged(root / "nan", **{"transformer.h.1.mlp.c_fc.weight": weight})
     (root / "empty").with_suffix(".txt").write_text(" ")
     (root / "short").with_suffix(".txt").write_text("Too short.")
+    (root / "long").with_suffix(".txt").write_text("Return the number of elements. " * 300)
     (root / "there").mkdir()
-    places = {"empty": "empty.txt", "short": "short.txt"}
-    names = ("bare", "pickle", "nan", "empty", "short", "there", "dst")
+    places = {"empty": "empty.txt", "short": "short.txt", "long": "long.txt"}
+    names = ("bare", "pickle", "nan", "empty", "short", "long", "there", "dst")
     return {name: str(root / places.get(name, name)) for name in names}
 
 

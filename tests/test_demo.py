@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from krony import INITS, budget, checkpoints, demo, load_model, load_tokenizer
+from krony import INITS, budget, checkpoints, demo, fit, load_model, load_tokenizer
 
 # Sixteen windows, for speed, are few; the warning says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "KRONECKER_SHARES", (0.3,))  # one candidate instead of five
+        # One candidate instead of five, and rough fits: a minute less.
+        patch.setattr(budget, "KRONECKER_SHARES", (0.3,))
+        patch.setattr(budget, "PRICING_STEPS", 2)
+        patch.setattr(fit, "STEPS", 4)
         torch.set_num_threads(2)
         yield folder, demo.run(folder / "out", characters=12_000, windows=16)
     torch.set_num_threads(1)

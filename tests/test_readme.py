@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import krony
-from krony import budget, data
+from krony import budget, data, fit
 from krony.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -20,10 +20,12 @@ def blocks(language: str) -> list[str]:
 
 def test_commands_run_in_order(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The head of the text, and one candidate instead of five, show that the commands work.
+    # The head of the text, one candidate instead of five, rough fits: the commands still run.
     full = data.TEXTS["python-docs"]("python-docs")
     head = data.Text(full.name, full.text[:20_000], full.origin)
     monkeypatch.setattr(budget, "KRONECKER_SHARES", (0.3,))
+    monkeypatch.setattr(budget, "PRICING_STEPS", 2)
+    monkeypatch.setattr(fit, "STEPS", 4)
     monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 6

@@ -122,6 +122,7 @@ def calibration_windows(
 def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tensor:
     """Text of the model itself, (windows, window), at temperature 1, seeded."""
     torch.manual_seed(seed)
+    model = full_precision(model)
     config = model.config.get_text_config()
     first = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
     rows = []

@@ -168,26 +168,29 @@ def compress_command(
 ) -> None:
     """Factor a model and write it to a directory that from_pretrained loads."""
     checkpoints.check_destination(destination)
+    budgeted, shaped = share is not None or params is not None, scheme or shape or small
+    if (plan_file is not None) + budgeted + bool(shaped) > 1:
+        raise KronyError(
+            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
+        )
+    if budgeted and (terms != 1 or scalars or layers is not None):
+        raise KronyError("a budget finds its own terms and layers; leave those options out")
+    parameters = budget.parse_count(params)
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
-    budgeted = share is not None or params is not None
-    if plan_file is not None and (scheme or shape or small or budgeted):
-        raise KronyError("give a plan, or a scheme, shape, small shape or budget, not both")
     method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
     tokens = moments = expected = None
     if budgeted or method == DATA:
         tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
     if budgeted and tokens is not None:
-        if scheme or shape or small:
-            raise KronyError("give a budget, or a scheme or shape, not both")
         with _progress("Planning") as bar:
             task = bar.add_task("Planning", total=None)
             found = budget.make_budget_plan(
                 model,
                 tokens,
                 share=share,
-                parameters=budget.parse_count(params),
+                parameters=parameters,
                 target=target,
                 objective=objective.value,
                 seed=seed,

@@ -26,6 +26,7 @@ from krony.schemes import Factors
 Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
+STEPS = 20  # of ten L-BFGS iterations each; fewer where they gain little
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
 
@@ -99,7 +100,7 @@ def refine(
     weight: Tensor,
     metric: Metric,
     pairs: list[Pair],
-    steps: int = 20,
+    steps: int = STEPS,
     tolerance: float = 2e-3,
 ) -> tuple[list[Pair], list[float]]:
     """Lower the harm of all groups together by L-BFGS from where they are.
@@ -161,7 +162,11 @@ def is_low_rank(factors: Factors) -> bool:
 
 
 def groups(
-    weight: Tensor, metric: Metric, shapes: tuple[Factors, ...], cycles: int = 3, steps: int = 20
+    weight: Tensor,
+    metric: Metric,
+    shapes: tuple[Factors, ...],
+    cycles: int = 3,
+    steps: int | None = None,
 ) -> tuple[list[Pair], list[float]]:
     """Factors of least harm for every group of a matrix.
 
@@ -179,7 +184,7 @@ def groups(
         if open_:
             rest = _less(weight, found, closed)
             start = [found.get(i) or _van_loan(rest, shapes[i]) for i in open_]
-            pairs, harms = refine(rest, metric, start, steps)
+            pairs, harms = refine(rest, metric, start, steps or STEPS)
             found.update(zip(open_, pairs, strict=True))
             history += harms
         for i in closed:
