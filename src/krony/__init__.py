@@ -4,6 +4,8 @@ Importing it registers the loader: from then on `AutoModelForCausalLM.from_pretr
 factored models.
 """
 
+from krony.budget import BudgetPlan, make_budget_plan
+from krony.calibrate import calibration_windows
 from krony.checkpoints import load_model, load_tokenizer, save_model
 from krony.errors import KronyError
 from krony.evaluate import perplexity
@@ -12,12 +14,15 @@ from krony.layers import KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
 from krony.schemes import SCHEMES, Factors
+from krony.sequential import DataOptions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "INITS",
     "SCHEMES",
+    "BudgetPlan",
+    "DataOptions",
     "Factors",
     "KroneckerConfig",
     "KroneckerGroup",
@@ -25,9 +30,11 @@ __all__ = [
     "KronyError",
     "MatrixPlan",
     "Plan",
+    "calibration_windows",
     "compress",
     "load_model",
     "load_tokenizer",
+    "make_budget_plan",
     "make_plan",
     "perplexity",
     "save_model",
