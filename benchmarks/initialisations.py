@@ -3,10 +3,11 @@
 Three parts: every method at a half and a quarter of the MLP parameters; each ingredient of the data
 initialisation switched off in turn; predicted harm against measured loss over many plans.
 
-python benchmarks/initialisations.py [--out benchmarks/results/initialisations.json]
+python benchmarks/initialisations.py [--parts prediction quarter half ablation_quarter]
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from krony.families import find_targets
 from krony.fit import Metric, spectrum
 from krony.sequential import DataOptions
 
+PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of the held-out text
 WEIGHTS_ONLY = DataOptions(sequential=False, gradients=False)
 
@@ -182,22 +184,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/initialisations.json"))
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--plans", type=int, default=24)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
     bench = Bench(arguments.windows)
-    record: dict[str, Any] = {
+    # A part that is not run again keeps its last figures.
+    record: dict[str, Any] = {}
+    if arguments.out.exists():
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+    record |= {
         "environment": evaluate.environment(),
         "seed": 0,
         "calibration": f"python-docstrings, {len(bench.windows)} windows of 256 tokens",
         "dense": bench.dense.to_dict(),
     }
     print(f"dense {bench.dense.perplexity:.3f}")
-    record["prediction"] = prediction(bench, arguments.plans)
-    for name, share in (("quarter", 0.25), ("half", 0.5)):
-        record[name] = methods(bench, share)
+    runs: dict[str, Callable[[], Any]] = {
+        "prediction": lambda: prediction(bench, arguments.plans),
+        "quarter": lambda: methods(bench, 0.25),
+        "half": lambda: methods(bench, 0.5),
+        "ablation_quarter": lambda: ablation(bench, 0.25),
+    }
+    for part in arguments.parts:
+        record[part] = runs[part]()
         write_json(arguments.out, record)
-    record["ablation_quarter"] = ablation(bench, 0.25)
-    write_json(arguments.out, record)
 
 
 if __name__ == "__main__":

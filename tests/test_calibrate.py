@@ -170,6 +170,8 @@ def test_self_calibration_is_seeded(gpt2):
     first, second = (calibration.calibration_windows("self", gpt2, None, 5, 12) for _ in range(2))
     assert first.shape == (5, 12)
     assert torch.equal(first, second)
+    with pytest.raises(KronyError, match="0 calibration windows can't be"):
+        calibration.calibration_windows("self", gpt2, None, 0)
     with pytest.raises(KronyError, match="use self instead"):
         calibration.calibration_windows("wikitext2", gpt2, None)
 

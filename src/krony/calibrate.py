@@ -89,9 +89,11 @@ def calibration_windows(
             model samples, for which no data is needed.
         windows: how many, spread evenly over the text.
     Raises:
-        KronyError: the text is shorter than one window, or there is no tokenizer for it.
+        KronyError: no windows, a text shorter than one, or no tokenizer for it.
     """
     window = window or min(1024, evaluate.context_length(model))
+    if windows < 1:
+        raise KronyError(f"{windows} calibration windows can't be; give at least 1")
     if name == SELF:
         return sample(model, windows, window, seed)
     if tokenizer is None:
