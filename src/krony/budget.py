@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from transformers import PreTrainedModel
 
-from krony import calibrate, fit
+from krony import calibrate, fit, info
 from krony.calibrate import Moments
 from krony.errors import KronyError
 from krony.families import Target, dense_weight, find_targets
@@ -173,7 +173,7 @@ def make_budget_plan(
         budget = int(share * dense)
     else:
         assert parameters is not None
-        total = sum(p.numel() for p in model.parameters())
+        total = info.parameters(model)
         budget = parameters - (total - dense)
         if not 0 < budget < dense or objective != "size":
             raise KronyError(

@@ -8,7 +8,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Moments:
 
     inputs: Inputs
     gradient_square: Tensor | None = None
-    tokens: int = field(default=0)
+    tokens: int = 0
 
     @property
     def gradient(self) -> Tensor | None:
@@ -250,13 +250,13 @@ class BlockStream:
     def __init__(
         self, model: PreTrainedModel, blocks: list[nn.Module], windows: Tensor, batch: int
     ) -> None:
-        self.blocks, self.windows, self.batch = blocks, windows, min(batch, len(windows))
+        self.blocks, size = blocks, min(batch, len(windows))
         self.extra: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: list[Tensor] = []
-        usable = len(windows) // self.batch * self.batch
+        usable = len(windows) // size * size
         with torch.no_grad():
-            for start in range(0, usable, self.batch):
-                ids = windows[start : start + self.batch].to(model.device)
+            for start in range(0, usable, size):
+                ids = windows[start : start + size].to(model.device)
                 self._record(model, ids)
 
     def _record(self, model: PreTrainedModel, ids: Tensor) -> None:

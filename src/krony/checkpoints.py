@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -120,15 +119,6 @@ def find_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(source)
     except KronyError:
         return None
-
-
-def load_config(source: str | Path) -> Any:
-    """The model's configuration. Raises `KronyError` as `load_model` does."""
-    path = resolve(source)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise KronyError(_load_message(str(source), error)) from error
 
 
 def check_destination(destination: str | Path) -> Path:

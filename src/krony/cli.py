@@ -184,7 +184,7 @@ def compress_command(
     if budgeted or method == DATA:
         tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
     if budgeted and tokens is not None:
-        with _progress("Planning") as bar:
+        with _progress() as bar:
             task = bar.add_task("Planning", total=None)
             found = budget.make_budget_plan(
                 model,
@@ -204,7 +204,7 @@ def compress_command(
         plan = Plan.read(plan_file)
     else:
         plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
-    with _progress("Factorising") as bar:
+    with _progress() as bar:
         task = bar.add_task("Factorising", total=len(plan.matrices))
         compress(
             model,
@@ -247,7 +247,7 @@ def evaluate_command(
         model = _load(name, dtype, device)
         tokenizer = checkpoints.load_tokenizer(name)
         ids = evaluate.tokenize(tokenizer, text)
-        with _progress(name) as bar:
+        with _progress() as bar:
             task = bar.add_task(name, total=None)
             results[name] = evaluate.perplexity(
                 model,
@@ -326,7 +326,7 @@ def demo_command(
     """Compress the packaged model in every way, measure each, and draw the result."""
     from krony.demo import run
 
-    with _progress("Demo") as bar:
+    with _progress() as bar:
         task = bar.add_task("Demo", total=None)
         record = run(
             output, lambda what, i, n: bar.update(task, description=what, completed=i, total=n)
@@ -371,7 +371,7 @@ def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.
     return checkpoints.load_model(source, wanted, device)
 
 
-def _progress(_: str) -> Progress:
+def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -34,30 +34,24 @@ class Terms:
     @classmethod
     def from_layout(cls, factors: Factors, outer: Tensor, inner: Tensor) -> "Terms":
         """Sort outer and inner factors into large and small."""
-        large, small = (inner, outer) if factors.layout == "small-outer" else (outer, inner)
+        large, small = kron.in_order(outer, inner, factors.layout)
         return cls(large, small, torch.ones(factors.terms, dtype=torch.float64))
 
     def ordered(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """(outer, inner), the scalars multiplied in."""
         small = self.small * self.scalars[:, None, None]
-        return (small, self.large) if factors.layout == "small-outer" else (self.large, small)
+        return kron.in_order(self.large, small, factors.layout)
 
     def scaled(self, alpha: float) -> "Terms":
         """Every term times alpha, carried by the scalars."""
         return Terms(self.large, self.small, self.scalars * alpha)
 
 
-def _sides(factors: Factors) -> tuple[kron.Shape, kron.Shape]:
-    """(outer, inner) shapes."""
-    pair = (factors.small, factors.large)
-    return pair if factors.layout == "small-outer" else (pair[1], pair[0])
-
-
 def van_loan(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
     """Nearest in the Frobenius norm; each further group is fitted to what the others leave."""
     found, rest = [], weight
     for factors in matrix.groups:
-        outer, inner = kron.van_loan(rest, *_sides(factors), factors.terms, seed)
+        outer, inner = kron.van_loan(rest, *factors.sides, factors.terms, seed)
         found.append(Terms.from_layout(factors, outer, inner))
         if len(matrix.groups) > 1:
             rest = rest - kron.to_dense(outer, inner)
@@ -80,7 +74,7 @@ def prune(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
             f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
         )
     (factors,) = matrix.groups
-    pair = kron.prune(weight, *_sides(factors), factors.layout == "small-outer")
+    pair = kron.prune(weight, *factors.sides, factors.layout == "small-outer")
     return [Terms.from_layout(factors, *pair)]
 
 
@@ -91,7 +85,7 @@ def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
     for factors in matrix.groups:
         outer, inner = (
             torch.randn(factors.terms, *side, generator=generator, dtype=torch.float64)
-            for side in _sides(factors)
+            for side in factors.sides
         )
         found.append(Terms.from_layout(factors, outer.to(weight.device), inner.to(weight.device)))
     scale = float(weight.norm() / _dense(found, matrix).norm()) ** 0.5
@@ -108,8 +102,7 @@ INITS: dict[str, Initialisation] = {
 
 
 def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
-    parts = [kron.to_dense(*t.ordered(g)) for t, g in zip(found, matrix.groups, strict=True)]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return kron.sum_to_dense([t.ordered(g) for t, g in zip(found, matrix.groups, strict=True)])
 
 
 DATA = "data"
@@ -146,7 +139,11 @@ def compress(
     """
     if init not in (*INITS, DATA):
         raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
-    modules = {matrix.name: _dense_module(model, matrix) for matrix in plan.matrices}
+    everything = dict(model.named_modules())
+    modules = {
+        matrix.name: _dense_module(everything, matrix, type(model).__name__)
+        for matrix in plan.matrices
+    }
     if init == DATA:
         if calibration is None:
             raise KronyError("the data initialisation needs calibration windows; none were given")
@@ -236,14 +233,13 @@ def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> nn.Module
     return layer
 
 
-def _dense_module(model: PreTrainedModel, matrix: MatrixPlan) -> nn.Module:
-    """The layer that a plan names, checked against the plan."""
-    modules = dict(model.named_modules())
+def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str) -> nn.Module:
+    """The layer that a plan names, checked against the plan; `owner` is the model's class."""
     module = modules.get(matrix.name)
     if module is None:
         near = difflib.get_close_matches(matrix.name, modules, n=3)
         raise KronyError(
-            f"the plan names {matrix.name}, which {type(model).__name__} does not have; near "
+            f"the plan names {matrix.name}, which {owner} does not have; near "
             f"names: {', '.join(near) or 'none'}"
         )
     if isinstance(module, KroneckerLinear):

@@ -16,6 +16,7 @@ least squares gets to the same place more slowly (docs/log.md).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class Metric:
             outputs = ridged(outputs, GRADIENT_RIDGE)
         return cls(outputs, ridged(inputs, INPUT_RIDGE))
 
+    @cached_property
+    def roots(self) -> Pair:
+        """Square roots of G and C, which whiten the two sides."""
+        return root(self.outputs), root(self.inputs)
+
     def apply(self, delta: Tensor) -> Tensor:
         """G Δ C, half the gradient of tr(G Δ C Δᵀ)."""
         return self.outputs @ delta @ self.inputs
@@ -74,12 +80,13 @@ def root(matrix: Tensor) -> Tensor:
 
 def spectrum(weight: Tensor, metric: Metric) -> Tensor:
     """Singular values of the whitened weight: rank R costs ½ Σ_{k>R} σ_k² nats a token."""
-    return torch.linalg.svdvals(root(metric.outputs).T @ weight @ root(metric.inputs))
+    left, right = metric.roots
+    return torch.linalg.svdvals(left.T @ weight @ right)
 
 
 def low_rank(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
     """The rank-R matrix of least harm: (m, R) and (R, n), the singular values split evenly."""
-    left, right = root(metric.outputs), root(metric.inputs)
+    left, right = metric.roots
     u, s, vh = torch.linalg.svd(left.T @ weight @ right, full_matrices=False)
     u, s, vh = u[:, :rank], s[:rank].sqrt(), vh[:rank]
     pivot = vh.gather(1, vh.abs().argmax(1, keepdim=True))
@@ -112,7 +119,7 @@ def refine(
         The refined pairs, and the harm before the first and after each step, which never rises.
     """
     factors = [p.contiguous().clone().requires_grad_() for pair in pairs for p in pair]
-    history = [metric.harm(weight - _sum(pairs))]
+    history = [metric.harm(weight - kron.sum_to_dense(pairs))]
     scale = history[0] or 1.0
     optimiser = torch.optim.LBFGS(
         factors,
@@ -125,7 +132,7 @@ def refine(
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        error = weight - _sum(_paired(factors))
+        error = weight - kron.sum_to_dense(_paired(factors))
         with torch.no_grad():
             image = metric.apply(error) / scale
         error.backward(image)
@@ -135,7 +142,7 @@ def refine(
     for _ in range(steps if history[0] > 0 else 0):
         with torch.enable_grad():
             optimiser.step(closure)
-        harm = metric.harm(weight - _sum(_paired([f.detach() for f in factors])))
+        harm = metric.harm(weight - kron.sum_to_dense(_paired([f.detach() for f in factors])))
         if not harm < history[-1]:  # converged to rounding: keep the best
             break
         best = [f.detach().clone() for f in factors]
@@ -147,13 +154,6 @@ def refine(
 
 def _paired(flat: list[Tensor]) -> list[Pair]:
     return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _sum(pairs: list[Pair]) -> Tensor:
-    total = kron.to_dense(*pairs[0])
-    for pair in pairs[1:]:
-        total = total + kron.to_dense(*pair)
-    return total
 
 
 def is_low_rank(factors: Factors) -> bool:
@@ -202,12 +202,10 @@ def _less(weight: Tensor, found: dict[int, Pair], which: list[int]) -> Tensor:
 
 
 def _van_loan(weight: Tensor, factors: Factors) -> Pair:
-    sides = (factors.small, factors.large)
-    outer, inner = sides if factors.layout == "small-outer" else sides[::-1]
-    return kron.van_loan(weight, outer, inner, factors.terms)
+    return kron.van_loan(weight, *factors.sides, factors.terms)
 
 
 def _low_rank_pair(weight: Tensor, metric: Metric, factors: Factors) -> Pair:
     columns, rows = low_rank(weight, metric, factors.terms)
     large, small = columns.T[:, :, None], rows[:, None, :]
-    return (small, large) if factors.layout == "small-outer" else (large, small)
+    return kron.in_order(large, small, factors.layout)

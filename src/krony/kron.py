@@ -14,8 +14,8 @@ outer[a, b]·inner[c, d]. Two layouts are in use:
 They differ by a fixed reordering of rows and columns.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from krony.errors import KronyError
 Layout = Literal["small-outer", "large-outer"]
 LAYOUTS: tuple[Layout, ...] = ("small-outer", "large-outer")
 Shape = tuple[int, int]
+Side = TypeVar("Side")  # a factor, or its shape
 
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
@@ -60,6 +61,19 @@ def to_dense(outer: Tensor, inner: Tensor) -> Tensor:
     product = outer.flatten(1).T @ inner.flatten(1)
     blocks = product.reshape(*outer.shape[1:], *inner.shape[1:])
     return blocks.permute(0, 2, 1, 3).reshape(rows, columns)
+
+
+def sum_to_dense(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of several groups, (outer, inner) each, as one matrix."""
+    total = to_dense(*pairs[0])
+    for pair in pairs[1:]:
+        total = total + to_dense(*pair)
+    return total
+
+
+def in_order(first: Side, second: Side, layout: Layout) -> tuple[Side, Side]:
+    """(large, small) as (outer, inner) in that layout, and (outer, inner) as (large, small)."""
+    return (second, first) if layout == "small-outer" else (first, second)
 
 
 def van_loan(
@@ -105,6 +119,15 @@ def van_loan(
     small = vectors * root.where(~empty, torch.ones_like(root))
     left, right = (large, small) if inner_is_smaller else (small, large)
     return left.T.reshape(terms, *outer), right.T.reshape(terms, *inner)
+
+
+def check_factors(large: Shape, small: Shape, terms: int, layout: str) -> None:
+    """Raise `KronyError` for a side below 1, an unknown layout, or too many terms."""
+    if min(*large, *small) < 1:
+        raise KronyError(f"factor sides must be at least 1, not {large} and {small}")
+    if layout not in LAYOUTS:
+        raise KronyError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    check_terms(terms, large, small)
 
 
 def check_terms(terms: int, outer: Shape, inner: Shape) -> None:

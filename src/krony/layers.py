@@ -34,9 +34,7 @@ class KroneckerGroup(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if layout not in kron.LAYOUTS:
-            raise KronyError(f"layout {layout!r} is not one of {', '.join(kron.LAYOUTS)}")
-        kron.check_terms(terms, large, small)
+        kron.check_factors(large, small, terms, layout)
         self.large_shape: Shape = (large[0], large[1])
         self.small_shape: Shape = (small[0], small[1])
         self.terms, self.layout = terms, layout
@@ -92,9 +90,7 @@ class KroneckerGroup(nn.Module):
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W of this group, (m, n), summed in `dtype` (default: that of the factors)."""
         large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)
-        if self.layout == "small-outer":
-            return kron.to_dense(small, large)
-        return kron.to_dense(large, small)
+        return kron.to_dense(*kron.in_order(large, small, self.layout))
 
     def forward(self, x: Tensor) -> Tensor:
         return kron.apply(

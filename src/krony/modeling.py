@@ -149,12 +149,6 @@ def attach(model: Any, config: KroneckerConfig) -> None:
         del own._is_quantized
 
 
-def plan_of(model: nn.Module) -> Plan | None:
-    """The plan of a factored model, or None for a dense one."""
-    config = config_of(model)
-    return None if config is None else Plan.from_dict(config.plan)
-
-
 def config_of(model: nn.Module) -> KroneckerConfig | None:
     """The configuration of a factored model (its plan and provenance), or None for a dense one."""
     quantizer = getattr(model, "hf_quantizer", None)

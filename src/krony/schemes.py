@@ -27,6 +27,11 @@ class Factors:
         return self.large[0] * self.small[0], self.large[1] * self.small[1]
 
     @property
+    def sides(self) -> tuple[Shape, Shape]:
+        """The shapes of the (outer, inner) factors."""
+        return kron.in_order(self.large, self.small, self.layout)
+
+    @property
     def parameters(self) -> int:
         """R·(m1·n1 + m2·n2)."""
         (m1, n1), (m2, n2) = self.large, self.small
@@ -46,11 +51,7 @@ class Factors:
 
     def check(self) -> None:
         """Raise `KronyError` for a side below 1, too many terms, or an unknown layout."""
-        if min(*self.large, *self.small) < 1:
-            raise KronyError(f"factor sides must be at least 1, not {self.large} and {self.small}")
-        if self.layout not in kron.LAYOUTS:
-            raise KronyError(f"layout {self.layout!r} is not one of {', '.join(kron.LAYOUTS)}")
-        kron.check_terms(self.terms, self.large, self.small)
+        kron.check_factors(self.large, self.small, self.terms, self.layout)
 
 
 def divide(shape: Shape, large: Shape, what: str = "the matrix") -> Shape:

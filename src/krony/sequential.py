@@ -19,7 +19,7 @@ from krony import calibrate, fit
 from krony.calibrate import BlockStream, Inputs, Moments
 from krony.errors import KronyError
 from krony.families import blocks, dense_weight
-from krony.kron import to_dense
+from krony.kron import sum_to_dense
 from krony.plan import MatrixPlan, Plan
 
 
@@ -107,7 +107,7 @@ def fit_matrix(
         wanted = weight + step
     pairs, history = fit.groups(wanted, metric, matrix.groups)
     if bias is not None and correct:
-        dense = torch.stack([to_dense(*pair) for pair in pairs]).sum(0)
+        dense = sum_to_dense(pairs)
         goal = weight @ inputs.mean + bias
         if pairing is not None:
             goal = pairing.mean_out / inputs.tokens
@@ -226,5 +226,7 @@ def _pair(
         shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1])
         shared.add(x)
         for name, y in outputs.items():
-            found.setdefault(name, _Pairing.zeros(y.shape[-1], shared)).add(x, y)
+            if name not in found:
+                found[name] = _Pairing.zeros(y.shape[-1], shared)
+            found[name].add(x, y)
     return found

@@ -31,12 +31,17 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
+def factors_text(terms: int, large: Any, small: Any) -> str:
+    """One group of factors, 2 x 1024x256 by 3x3."""
+    return f"{terms} x {sides(large)} by {sides(small)}"
+
+
 def plan_table(plan: Plan) -> Table:
     """A row a matrix: shapes, terms, parameters, multiply-adds."""
     made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
     made.add_column("multiply-adds", justify="right")
     for m in plan.matrices:
-        factors = " + ".join(f"{g.terms} x {sides(g.large)} by {sides(g.small)}" for g in m.groups)
+        factors = " + ".join(factors_text(g.terms, g.large, g.small) for g in m.groups)
         rank = min(sum(g.rank for g in m.groups), *m.shape)
         made.add_row(
             m.name,
@@ -69,7 +74,7 @@ def space_table(rows: list[dict[str, Any]], names: dict[tuple[int, ...], str]) -
     for row in rows:
         matrix = row["parameters"] / row["share"]
         made.add_row(
-            f"{row['terms']} x {sides(row['large'])} by {sides(row['small'])}",
+            factors_text(row["terms"], row["large"], row["small"]),
             f"{row['rank']:,}",
             f"{row['parameters']:,}",
             percent(row["share"]),
@@ -97,7 +102,7 @@ def info_table(info: dict[str, Any]) -> Table:
     )
     for row in info["matrices"]:
         factors = " + ".join(
-            f"{f['terms']} x {sides(f['large'])} by {sides(f['small'])}" for f in row["factors"]
+            factors_text(f["terms"], f["large"], f["small"]) for f in row["factors"]
         )
         kept = row["norm_kept"]
         made.add_row(
