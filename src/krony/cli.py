@@ -7,20 +7,27 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from krony import budget, calibrate, checkpoints, data, evaluate, info, schemes, tables
+from krony import checkpoints, data, evaluate, info, schemes, tables
+from krony.cli_compress import compress_command, plan_command
+from krony.cli_options import (
+    Destination,
+    Device,
+    Dtype,
+    DtypeOption,
+    JsonFile,
+    Source,
+    err,
+    out,
+    progress_bar,
+)
 from krony.errors import KronyError
-from krony.factorise import DATA, INITS, compress
-from krony.kron import LAYOUTS
 from krony.modeling import config_of
-from krony.plan import Plan, make_plan, parse_layers, parse_shape
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -28,30 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-# Wide when not a terminal: a table that is piped into a file must not be cut at 80 columns.
-out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-err = Console(stderr=True, highlight=False)
-
-Dtype = StrEnum("Dtype", list(checkpoints.DTYPES))  # type: ignore[misc]
-Init = StrEnum("Init", {name: name for name in (*INITS, DATA)})  # type: ignore[misc]
-ObjectiveName = StrEnum("ObjectiveName", {o: o for o in budget.OBJECTIVES})  # type: ignore[misc]
-LayoutName = StrEnum("LayoutName", {name: name for name in LAYOUTS})  # type: ignore[misc]
-
-DEFAULT_LAYOUT, DEFAULT_INIT = LayoutName(LAYOUTS[0]), Init("van-loan")
-DEFAULT_OBJECTIVE = ObjectiveName(budget.OBJECTIVES[0])
 
 
 class Form(StrEnum):
     """What `krony export` can write."""
 
     dense = "dense"
-
-
-Source = Annotated[str, typer.Argument(help="A Hub name, a model directory, or demo.")]
-Destination = Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
-Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
 
 
 @app.command("schemes")
@@ -94,134 +83,8 @@ def schemes_command(
         out.print(paper)
 
 
-Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
-ShapeText = Annotated[
-    str | None, typer.Option(help="Large factor, hidden x model: 1536x384 (else outputs x inputs).")
-]
-SmallText = Annotated[
-    str | None, typer.Option(help="Small factor instead: 2x2 halves both axes of any matrix.")
-]
-Terms = Annotated[int, typer.Option(help="Kronecker products that are summed.")]
-Scalars = Annotated[bool, typer.Option("--scalars", help="A learnable scalar per term.")]
-Layers = Annotated[str | None, typer.Option(help="Blocks to change: 0,2-5. Default: all.")]
-TargetText = Annotated[str, typer.Option(help="mlp, attention, all, or a pattern of module names.")]
-LayoutOption = Annotated[
-    LayoutName, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
-]
-
-
-@app.command("plan")
-def plan_command(
-    source: Source,
-    scheme: Scheme = None,
-    shape: ShapeText = None,
-    small: SmallText = None,
-    terms: Terms = 1,
-    scalars: Scalars = False,
-    layers: Layers = None,
-    target: TargetText = "mlp",
-    layout: LayoutOption = DEFAULT_LAYOUT,
-    json_file: JsonFile = None,
-) -> None:
-    """Show which matrix would get which factors, and what that saves."""
-    model = checkpoints.load_model(source)
-    plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
-    out.print(tables.plan_table(plan))
-    out.print(tables.saving(info.parameters(model), plan))
-    if json_file is not None:
-        checkpoints.write_text(json_file, plan.to_json())
-        out.print(f"Wrote {json_file}")
-
-
-@app.command("compress")
-def compress_command(
-    source: Source,
-    destination: Destination,
-    scheme: Scheme = None,
-    shape: ShapeText = None,
-    small: SmallText = None,
-    terms: Terms = 1,
-    scalars: Scalars = False,
-    layers: Layers = None,
-    target: TargetText = "mlp",
-    layout: LayoutOption = DEFAULT_LAYOUT,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
-    share: Annotated[
-        float | None,
-        typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
-    ] = None,
-    objective: Annotated[
-        ObjectiveName, typer.Option(help="What a budget counts: parameters, or multiply-adds.")
-    ] = DEFAULT_OBJECTIVE,
-    init: Annotated[
-        Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
-    ] = calibrate.SELF,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    dtype: DtypeOption = None,
-    seed: Annotated[int, typer.Option(help="For whatever is random.")] = 0,
-) -> None:
-    """Factor a model and write it to a directory that from_pretrained loads."""
-    checkpoints.check_destination(destination)
-    budgeted, shaped = share is not None or params is not None, scheme or shape or small
-    if (plan_file is not None) + budgeted + bool(shaped) > 1:
-        raise KronyError(
-            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
-        )
-    if budgeted and (terms != 1 or scalars or layers is not None):
-        raise KronyError("a budget finds its own terms and layers; leave those options out")
-    parameters = budget.parse_count(params)
-    tokenizer = checkpoints.find_tokenizer(source)
-    model = checkpoints.load_model(source)
-    before = info.parameters(model)
-    method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
-    tokens = moments = expected = None
-    if budgeted or method == DATA:
-        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
-    if budgeted and tokens is not None:
-        with _progress() as bar:
-            task = bar.add_task("Planning", total=None)
-            found = budget.make_budget_plan(
-                model,
-                tokens,
-                share=share,
-                parameters=parameters,
-                target=target,
-                objective=objective.value,
-                seed=seed,
-                progress=lambda what, i, n: bar.update(
-                    task, description=what, completed=i, total=n
-                ),
-            )
-        plan, moments, expected = found.plan, found.moments, found.harm
-        out.print(tables.plan_table(plan))
-    elif plan_file is not None:
-        plan = Plan.read(plan_file)
-    else:
-        plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
-    with _progress() as bar:
-        task = bar.add_task("Factorising", total=len(plan.matrices))
-        compress(
-            model,
-            plan,
-            init=method,
-            seed=seed,
-            calibration=tokens,
-            moments=moments,
-            progress=lambda *_: bar.advance(task),
-        )
-    if dtype is not None:
-        model.to(checkpoints.DTYPES[dtype.value])  # type: ignore[arg-type]
-    checkpoints.save_model(model, destination, tokenizer)
-    out.print(tables.saving(before, plan))
-    if expected is not None:
-        out.print(f"Predicted harm of this plan: {expected:.4f} nats a token.")
-    out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
+app.command("plan")(plan_command)
+app.command("compress")(compress_command)
 
 
 @app.command("evaluate")
@@ -247,7 +110,7 @@ def evaluate_command(
         model = _load(name, dtype, device)
         tokenizer = checkpoints.load_tokenizer(name)
         ids = evaluate.tokenize(tokenizer, text)
-        with _progress() as bar:
+        with progress_bar() as bar:
             task = bar.add_task(name, total=None)
             results[name] = evaluate.perplexity(
                 model,
@@ -326,7 +189,7 @@ def demo_command(
     """Compress the packaged model in every way, measure each, and draw the result."""
     from krony.demo import run
 
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("Demo", total=None)
         record = run(
             output, lambda what, i, n: bar.update(task, description=what, completed=i, total=n)
@@ -338,30 +201,6 @@ def demo_command(
     out.print(f"\nWrote {output / 'demo.json'} and {output / 'demo.png'}")
 
 
-def _plan(
-    model: transformers.PreTrainedModel,
-    scheme: str | None,
-    shape: str | None,
-    small: str | None,
-    terms: int,
-    scalars: bool,
-    layers: str | None,
-    target: str,
-    layout: Any,
-) -> Plan:
-    return make_plan(
-        model,
-        scheme=scheme,
-        shape=parse_shape(shape, "--shape"),
-        small=parse_shape(small, "--small"),
-        terms=terms,
-        scalars=scalars,
-        layers=parse_layers(layers),
-        target=target,
-        layout=layout.value,
-    )
-
-
 def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.PreTrainedModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is not None:
@@ -369,18 +208,6 @@ def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.
     # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
     wanted = torch.float32 if device == "cpu" else None
     return checkpoints.load_model(source, wanted, device)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
 
 
 def main() -> None:

@@ -1,0 +1,173 @@
+"""`krony plan` and `krony compress`, and the options that say which matrix gets which factors."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+
+from krony import budget, calibrate, checkpoints, info, tables
+from krony.cli_options import Destination, DtypeOption, JsonFile, Source, out, progress_bar
+from krony.errors import KronyError
+from krony.factorise import DATA, INITS, compress
+from krony.kron import LAYOUTS
+from krony.plan import Plan, make_plan, parse_layers, parse_shape
+
+Init = StrEnum("Init", {name: name for name in (*INITS, DATA)})  # type: ignore[misc]
+ObjectiveName = StrEnum("ObjectiveName", {o: o for o in budget.OBJECTIVES})  # type: ignore[misc]
+LayoutName = StrEnum("LayoutName", {name: name for name in LAYOUTS})  # type: ignore[misc]
+
+DEFAULT_LAYOUT, DEFAULT_INIT = LayoutName(LAYOUTS[0]), Init("van-loan")
+DEFAULT_OBJECTIVE = ObjectiveName(budget.OBJECTIVES[0])
+
+Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
+ShapeText = Annotated[
+    str | None, typer.Option(help="Large factor, hidden x model: 1536x384 (else outputs x inputs).")
+]
+SmallText = Annotated[
+    str | None, typer.Option(help="Small factor instead: 2x2 halves both axes of any matrix.")
+]
+Terms = Annotated[int, typer.Option(help="Kronecker products that are summed.")]
+Scalars = Annotated[bool, typer.Option("--scalars", help="A learnable scalar per term.")]
+Layers = Annotated[str | None, typer.Option(help="Blocks to change: 0,2-5. Default: all.")]
+TargetText = Annotated[str, typer.Option(help="mlp, attention, all, or a pattern of module names.")]
+LayoutOption = Annotated[
+    LayoutName, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
+]
+
+
+def plan_command(
+    source: Source,
+    scheme: Scheme = None,
+    shape: ShapeText = None,
+    small: SmallText = None,
+    terms: Terms = 1,
+    scalars: Scalars = False,
+    layers: Layers = None,
+    target: TargetText = "mlp",
+    layout: LayoutOption = DEFAULT_LAYOUT,
+    json_file: JsonFile = None,
+) -> None:
+    """Show which matrix would get which factors, and what that saves."""
+    model = checkpoints.load_model(source)
+    plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
+    out.print(tables.plan_table(plan))
+    out.print(tables.saving(info.parameters(model), plan))
+    if json_file is not None:
+        checkpoints.write_text(json_file, plan.to_json())
+        out.print(f"Wrote {json_file}")
+
+
+def compress_command(
+    source: Source,
+    destination: Destination,
+    scheme: Scheme = None,
+    shape: ShapeText = None,
+    small: SmallText = None,
+    terms: Terms = 1,
+    scalars: Scalars = False,
+    layers: Layers = None,
+    target: TargetText = "mlp",
+    layout: LayoutOption = DEFAULT_LAYOUT,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
+    share: Annotated[
+        float | None,
+        typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
+    ] = None,
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="What a budget counts: parameters, or multiply-adds.")
+    ] = DEFAULT_OBJECTIVE,
+    init: Annotated[
+        Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
+    ] = calibrate.SELF,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    dtype: DtypeOption = None,
+    seed: Annotated[int, typer.Option(help="For whatever is random.")] = 0,
+) -> None:
+    """Factor a model and write it to a directory that from_pretrained loads."""
+    checkpoints.check_destination(destination)
+    budgeted, shaped = share is not None or params is not None, scheme or shape or small
+    if (plan_file is not None) + budgeted + bool(shaped) > 1:
+        raise KronyError(
+            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
+        )
+    if budgeted and (terms != 1 or scalars or layers is not None):
+        raise KronyError("a budget finds its own terms and layers; leave those options out")
+    parameters = budget.parse_count(params)
+    tokenizer = checkpoints.find_tokenizer(source)
+    model = checkpoints.load_model(source)
+    before = info.parameters(model)
+    method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
+    tokens = moments = expected = None
+    if budgeted or method == DATA:
+        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
+    if budgeted and tokens is not None:
+        with progress_bar() as bar:
+            task = bar.add_task("Planning", total=None)
+            found = budget.make_budget_plan(
+                model,
+                tokens,
+                share=share,
+                parameters=parameters,
+                target=target,
+                objective=objective.value,
+                seed=seed,
+                progress=lambda what, i, n: bar.update(
+                    task, description=what, completed=i, total=n
+                ),
+            )
+        plan, moments, expected = found.plan, found.moments, found.harm
+        out.print(tables.plan_table(plan))
+    elif plan_file is not None:
+        plan = Plan.read(plan_file)
+    else:
+        plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
+    with progress_bar() as bar:
+        task = bar.add_task("Factorising", total=len(plan.matrices))
+        compress(
+            model,
+            plan,
+            init=method,
+            seed=seed,
+            calibration=tokens,
+            moments=moments,
+            progress=lambda *_: bar.advance(task),
+        )
+    if dtype is not None:
+        model.to(checkpoints.DTYPES[dtype.value])  # type: ignore[arg-type]
+    checkpoints.save_model(model, destination, tokenizer)
+    out.print(tables.saving(before, plan))
+    if expected is not None:
+        out.print(f"Predicted harm of this plan: {expected:.4f} nats a token.")
+    out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
+
+
+def _plan(
+    model: transformers.PreTrainedModel,
+    scheme: str | None,
+    shape: str | None,
+    small: str | None,
+    terms: int,
+    scalars: bool,
+    layers: str | None,
+    target: str,
+    layout: Any,
+) -> Plan:
+    return make_plan(
+        model,
+        scheme=scheme,
+        shape=parse_shape(shape, "--shape"),
+        small=parse_shape(small, "--small"),
+        terms=terms,
+        scalars=scalars,
+        layers=parse_layers(layers),
+        target=target,
+        layout=layout.value,
+    )
