@@ -4,6 +4,11 @@ The text is the docstrings of the Python installation it runs on, so no network 
 
     python recipes/pretrain_demo.py runs/demo --minutes 70
 
+`--family llama` trains a small Llama on the same text instead, to measure on a second family; it
+is written into the run's own folder, not into the package:
+
+    python recipes/pretrain_demo.py runs/llama --family llama --minutes 20
+
 A run that was stopped goes on from its last checkpoint when the same command is given again.
 """
 
@@ -18,6 +23,7 @@ import platform
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,9 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -46,8 +55,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain the packaged demonstration model.")
     parser.add_argument("output", type=Path, help="folder for the data, checkpoints and log")
-    parser.add_argument("--export", type=Path, default=ROOT / "src/krony/demo/model")
-    parser.add_argument("--report", type=Path, default=ROOT / "docs")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="gpt2")
+    parser.add_argument("--export", type=Path, help="folder of the model; gpt2: the package's")
+    parser.add_argument("--report", type=Path, help="folder of the report; gpt2: docs")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument(
         "--minutes",
@@ -65,7 +75,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-export", action="store_true", help="for trials of settings")
-    return parser.parse_args()
+    args = parser.parse_args()
+    packaged = args.family == "gpt2"
+    args.export = args.export or (
+        ROOT / "src/krony/demo/model" if packaged else args.output / "model"
+    )
+    args.report = args.report or (ROOT / "docs" if packaged else args.output)
+    return args
 
 
 def keep_memory() -> None:
@@ -201,7 +217,8 @@ def mean_loss(model: torch.nn.Module, stream: np.ndarray, windows: int | None = 
     return total / count
 
 
-def new_model() -> GPT2LMHeadModel:
+def new_gpt2() -> GPT2LMHeadModel:
+    """4.3 million parameters; the embedding is tied to the output matrix."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=WINDOW,
@@ -219,13 +236,34 @@ def new_model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def optimisers(model: GPT2LMHeadModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def new_llama() -> LlamaForCausalLM:
+    """3.2 million parameters; gated MLPs, grouped keys and values, an output matrix of its own."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=WINDOW,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": new_gpt2, "llama": new_llama}
+
+
+def optimisers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
     matrices: list[torch.nn.Parameter] = []
     embeddings: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and ".h." in name:
+        if parameter.ndim == 2 and (".h." in name or ".layers." in name):
             matrices.append(parameter)
         else:
             (embeddings if parameter.ndim == 2 else vectors).append(parameter)
@@ -253,7 +291,7 @@ def learning_rate_factor(step: int, progress: float, warmup: int) -> float:
 
 
 def save_checkpoint(
-    folder: Path, model: GPT2LMHeadModel, optims: list[torch.optim.Optimizer], state: dict[str, Any]
+    folder: Path, model: PreTrainedModel, optims: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> None:
     final = folder / f"checkpoint-{state['step']:06d}"
     temporary = fresh_sibling(final)
@@ -267,7 +305,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: GPT2LMHeadModel, optims: list[torch.optim.Optimizer]
+    folder: Path, model: PreTrainedModel, optims: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     found = [path for path in folder.glob("checkpoint-*") if path.suffix == ""]
     if not found:
@@ -289,10 +327,10 @@ def edit_json(
     path.write_text(json.dumps(content | (change or {}), indent=2, sort_keys=True) + "\n")
 
 
-def export(model: GPT2LMHeadModel, tokenizer: Path, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
     """Write the model in float16 with its tokenizer, by way of a temporary sibling."""
     temporary = fresh_sibling(folder)
-    copy = GPT2LMHeadModel(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.tie_weights()
     copy.half().save_pretrained(temporary)
@@ -325,7 +363,7 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
         tokens, [point["topics_loss"] for point in curve], label="held-out pydoc topics (head)"
     )
     axes.set(xlabel="training tokens (millions)", ylabel="nats per token")
-    axes.set_title("Pretraining of the demonstration model")
+    axes.set_title("Pretraining on docstrings")
     axes.set_ylim(top=min(6.0, axes.get_ylim()[1]))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -367,8 +405,9 @@ def report(args: argparse.Namespace, data: Path, state: dict[str, Any]) -> None:
         "curve": state["curve"],
     }
     args.report.mkdir(parents=True, exist_ok=True)
-    (args.report / "pretrain_demo.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(state["curve"], args.report / "pretrain_demo.png")
+    name = "pretrain_demo" if args.family == "gpt2" else f"pretrain_{args.family}"
+    (args.report / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(state["curve"], args.report / f"{name}.png")
     print(json.dumps(final), flush=True)
 
 
@@ -381,7 +420,7 @@ def main() -> None:
     data = args.output / "data"
     prepare(data, args.seed)
     streams = {s: np.load(data / f"{s}.npy") for s in ("train", "validation", "topics")}
-    model = new_model()
+    model = FAMILIES[args.family]()
     optims = optimisers(model, args)
     state = load_checkpoint(args.output, model, optims)
     batches = Windows(streams["train"], args.batch, args.seed)
