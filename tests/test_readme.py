@@ -4,10 +4,12 @@ import re
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 
 import krony
-from krony import budget, data, fit
+from krony import budget, cli_heal, data, docstrings, fit
+from krony.budget import parse_count
 from krony.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +29,11 @@ def test_commands_run_in_order(run, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "PRICING_STEPS", 2)
     monkeypatch.setattr(fit, "STEPS", 4)
     monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
+    # A step of healing instead of five hundred, on a few docstrings.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    few = docstrings.python_docstrings("train", ("asyncio", "email", "unittest"))
+    monkeypatch.setattr(docstrings, "python_docstrings", lambda *_: few)
+    monkeypatch.setattr(cli_heal, "parse_count", lambda *a: parse_count(*a) and 4096)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 6
     for command in commands:

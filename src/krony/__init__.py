@@ -10,6 +10,7 @@ from krony.checkpoints import load_model, load_tokenizer, save_model
 from krony.errors import KronyError
 from krony.evaluate import perplexity
 from krony.factorise import INITS, compress
+from krony.heal import HealConfig, HealRecord, heal
 from krony.layers import KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
@@ -24,6 +25,8 @@ __all__ = [
     "BudgetPlan",
     "DataOptions",
     "Factors",
+    "HealConfig",
+    "HealRecord",
     "KroneckerConfig",
     "KroneckerGroup",
     "KroneckerLinear",
@@ -32,6 +35,7 @@ __all__ = [
     "Plan",
     "calibration_windows",
     "compress",
+    "heal",
     "load_model",
     "load_tokenizer",
     "make_budget_plan",

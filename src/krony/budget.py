@@ -203,7 +203,7 @@ def make_budget_plan(
     return BudgetPlan(Plan(tuple(matrices)), sum(c.harm for c in chosen), moments)
 
 
-def parse_count(text: str | None) -> int | None:
+def parse_count(text: str | None, option: str = "--params") -> int | None:
     """81,972,576 from "81972576" or 81 million from "81M". Raises `KronyError`."""
     if text is None:
         return None
@@ -212,4 +212,4 @@ def parse_count(text: str | None) -> int | None:
     try:
         return int(float(number) * unit) if unit else int(text)
     except ValueError:
-        raise KronyError(f"--params {text!r} is no count; write for example 81M") from None
+        raise KronyError(f"{option} {text!r} is no count; write for example 81M") from None

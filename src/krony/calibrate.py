@@ -296,13 +296,16 @@ def _hooks(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None
 
 
 @contextmanager
-def captured(modules: dict[str, nn.Module], outputs: bool) -> Iterator[dict[str, Tensor]]:
+def captured(
+    modules: dict[str, nn.Module], outputs: bool, detach: bool = True
+) -> Iterator[dict[str, Tensor]]:
     """Inside, every forward leaves the inputs (or outputs) of the modules in the dictionary."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = (output if outputs else arguments[0]).detach()
+            found = output if outputs else arguments[0]
+            seen[name] = found.detach() if detach else found
 
         return hook
 

@@ -173,9 +173,12 @@ def save_model(
     destination: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: str = "5GB",
+    also: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the model, its generation configuration and its tokenizer: whole or not at all.
 
+    Args:
+        also: writes whatever else belongs into the directory.
     Raises:
         KronyError: the destination exists, or can't be written.
     """
@@ -183,6 +186,8 @@ def save_model(
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if also is not None:
+            also(temporary)
     return Path(destination)
 
 

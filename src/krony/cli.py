@@ -15,6 +15,7 @@ import typer
 
 from krony import checkpoints, data, evaluate, info, schemes, tables
 from krony.cli_compress import compress_command, plan_command
+from krony.cli_heal import heal_command
 from krony.cli_options import (
     Destination,
     Device,
@@ -85,6 +86,7 @@ def schemes_command(
 
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
+app.command("heal")(heal_command)
 
 
 @app.command("evaluate")
@@ -222,7 +224,7 @@ def main() -> None:
         app()
     except KronyError as error:
         err.print(f"krony: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

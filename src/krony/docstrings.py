@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
+import platform
 import re
 import sysconfig
 import warnings
@@ -70,6 +72,12 @@ def python_docstrings(split: str = "train", packages: Iterable[str] = PACKAGES) 
     if split not in ("train", "validation"):
         raise ValueError(f"split must be 'train' or 'validation', not {split!r}")
     return [item.text for item in documents(tuple(packages)) if item.split == split]
+
+
+def installed() -> str:
+    """Return a digest of the interpreter and of what is installed: the same text for the same."""
+    found = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
+    return hashlib.sha256("\n".join([platform.python_version(), *found]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)

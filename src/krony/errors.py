@@ -4,5 +4,7 @@
 class KronyError(ValueError):
     """Bad input. The message is one sentence: the thing, the numbers and the way out.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2

@@ -47,6 +47,8 @@ class KroneckerQuantizer(HfQuantizer):
     """Builds the factored modules before the weights are loaded, and folds them back on request."""
 
     quantization_config: KroneckerConfig
+    # The whole weights of a model that is spread over processes, while it is being saved.
+    gathered: dict[str, torch.Tensor] | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if not self.pre_quantized:
@@ -82,7 +84,8 @@ class KroneckerQuantizer(HfQuantizer):
         Where krony is not imported, transformers would skip the unknown method with a warning and
         leave the dense matrices at random. The empty tensors make it stop with a size mismatch.
         """
-        return {**model.state_dict(), **self._guards()}, {}
+        weights = model.state_dict() if self.gathered is None else self.gathered
+        return {**weights, **self._guards()}, {}
 
     def _guards(self) -> dict[str, torch.Tensor]:
         matrices = Plan.from_dict(self.quantization_config.plan).matrices

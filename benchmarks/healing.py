@@ -1,0 +1,212 @@
+"""Healing on the packaged model: initialisations, losses and recipes at equal tokens.
+
+Cell by cell: a cell that has its JSON file is not run again, and an interrupted one resumes.
+
+python benchmarks/healing.py [--cells NAME ...] [--tokens 1.2M] [--seeds 0] [--list]
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+import krony
+from initialisations import WEIGHTS_ONLY, low_rank_plan
+from krony import blocks, calibrate, curves, data, evaluate
+from krony.budget import make_budget_plan, parse_count
+from krony.checkpoints import write_json
+from krony.docstrings import python_docstrings
+from krony.factorise import DATA
+from krony.families import find_targets
+
+WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
+HELD_OUT = 64  # blocks that choose the best weights
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: how the quarter-size MLPs start, and what they are trained on."""
+
+    start: str
+    loss: str
+    recipe: str = "default"
+
+    @property
+    def name(self) -> str:
+        recipe = "" if self.recipe == "default" else f", {self.recipe}"
+        return f"{self.start}, {self.loss}{recipe}"
+
+
+CELLS = [
+    Cell("van-loan-scaled", "ce"),
+    Cell("van-loan-scaled", "kl"),
+    Cell("whitened SVD", "kl"),
+    Cell("low rank", "kl"),
+    Cell("balanced sum", "kl"),
+    Cell("budget", "kl"),
+    Cell("budget", "ce"),
+    Cell("whitened SVD", "ce"),
+    Cell("low rank", "ce"),
+    Cell("balanced sum", "ce"),
+    Cell("one term", "kl"),
+    Cell("one term", "ce"),
+    Cell("van-loan", "ce"),
+    Cell("van-loan", "kl"),
+    Cell("prune, half", "ce"),
+    Cell("prune, half", "kl"),
+    Cell("random", "ce"),
+    Cell("random", "kl"),
+    Cell("dense", "ce"),
+    Cell("van-loan-scaled", "ce", "krony-pt"),
+    Cell("budget", "ce", "krony-pt"),
+    Cell("budget", "kl+features"),
+    Cell("budget", "ce+kl"),
+    Cell("budget", "kl", "lora"),
+]
+
+
+def started(start: str, folder: Path) -> transformers.PreTrainedModel:
+    """The packaged model with its MLPs factored, made once and kept in `folder`."""
+    if start == "dense":
+        return krony.load_model("demo", torch.float32)
+    path = folder / start.replace(" ", "-").replace(",", "")
+    if not path.exists():
+        model = krony.load_model("demo", torch.float32)
+        targets = find_targets(model, "mlp")
+        share = 0.25
+        ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
+        one = krony.Factors((64, 16), (16, 16)).parameters
+        init, options, moments, plan = start, None, None, krony.make_plan(model, small=(2, 2))
+        windows = None
+        if start in ("whitened SVD", "low rank", "balanced sum", "one term", "budget"):
+            init = DATA
+            tokenizer = krony.load_tokenizer("demo")
+            windows = calibrate.calibration_windows(
+                "python-docstrings", model, tokenizer, CALIBRATION
+            )
+        if start == "whitened SVD":
+            plan, options = low_rank_plan(targets, ranks), WEIGHTS_ONLY
+        elif start == "low rank":
+            plan = low_rank_plan(targets, ranks)
+        elif start == "balanced sum":
+            terms = int(share * 1024 * 256 / one)
+            plan = krony.make_plan(model, small=(16, 16), terms=terms)
+        elif start == "budget":
+            found = make_budget_plan(model, windows, share=share)
+            plan, moments = found.plan, found.moments
+        elif start == "prune, half":
+            plan, init = krony.make_plan(model, small=(2, 1)), "prune"
+        krony.compress(
+            model, plan, init=init, calibration=windows, moments=moments, options=options
+        )
+        krony.save_model(model, path, krony.load_tokenizer("demo"))
+    return krony.load_model(path, torch.float32)
+
+
+def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
+    """Start, heal, measure on both held-out texts, and write the cell's JSON."""
+    tokenizer = krony.load_tokenizer("demo")
+    model = started(cell.start, work)
+    texts = {
+        "topics": data.load_text("python-docs"),
+        "docstrings": data.Text(
+            "docstrings", data.SEPARATOR.join(python_docstrings("validation")), "held out"
+        ),
+    }
+    ids = {name: evaluate.tokenize(tokenizer, text)[:EVALUATED] for name, text in texts.items()}
+    before = {name: evaluate.perplexity(model, i).perplexity for name, i in ids.items()}
+    training = blocks.load_blocks(["python-docstrings"], tokenizer, WINDOW)
+    training, held_out = blocks.hold_out(training)
+    teacher = krony.load_model("demo", torch.float32)
+    config = krony.HealConfig(
+        tokens=tokens,
+        recipe=cell.recipe,
+        loss=cell.loss,
+        seed=seed,
+        eval_every=tokens // 6,
+        save_minutes=3,
+    )
+    folder = work / out.stem
+    started_at = time.perf_counter()
+    record = krony.heal(
+        model,
+        training,
+        config,
+        run=folder,
+        evaluation=held_out.select(range(HELD_OUT)),
+        teacher=teacher if cell.loss != "ce" else None,
+        resume=folder.exists(),
+    )
+    after = {name: evaluate.perplexity(model, i).perplexity for name, i in ids.items()}
+    dense = {name: evaluate.perplexity(teacher, i).perplexity for name, i in ids.items()}
+    write_json(
+        out,
+        {
+            "cell": cell.name,
+            "tokens": tokens,
+            "seed": seed,
+            "before": before,
+            "after": after,
+            "dense": dense,
+            "against_dense": {name: after[name] / dense[name] for name in ids},
+            "curve": record.curve,
+            "speed": record.speed,
+            "settings": record.settings,
+            "seconds": round(time.perf_counter() - started_at),
+            "environment": evaluate.environment(),
+        },
+    )
+    shutil.rmtree(folder)
+
+
+def summary(folder: Path) -> None:
+    """The table and the picture of all cells that are there."""
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    records.sort(key=lambda r: (r["tokens"], r["after"]["topics"]))
+    print("| start, loss | tokens | seed | topics before | after | against dense | docstrings |")
+    print("|---|---|---|---|---|---|---|")
+    for r in records:
+        print(
+            f"| {r['cell']} | {r['tokens'] / 1e6:.1f}M | {r['seed']} "
+            f"| {r['before']['topics']:,.1f} | {r['after']['topics']:.2f} "
+            f"| {r['against_dense']['topics']:.3f}x | {r['against_dense']['docstrings']:.3f}x |"
+        )
+    most = max(r["tokens"] for r in records)
+    runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == most and r["seed"] == 0}
+    curves.draw(runs, folder.with_suffix(".png"), "Healing at a quarter of the MLP parameters")
+
+
+def main() -> None:
+    """Run the cells that are missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--tokens", default="1.2M")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/healing"))
+    parser.add_argument("--work", type=Path, default=Path("healing-work"))
+    parser.add_argument("--list", action="store_true", help="only print what there is")
+    arguments = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    tokens = parse_count(arguments.tokens, "--tokens")
+    assert tokens is not None
+    for seed in arguments.seeds:
+        for cell in [] if arguments.list else CELLS:
+            stem = f"{cell.name} {arguments.tokens} {seed}".replace(",", "").replace(" ", "-")
+            out = arguments.out / f"{stem}.json"
+            if cell.name in arguments.cells and not out.exists():
+                run(cell, tokens, seed, arguments.work, out)
+                print(f"{cell.name}: {json.loads(out.read_text())['after']}", flush=True)
+    summary(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

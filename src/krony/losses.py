@@ -1,0 +1,105 @@
+"""Losses of healing: pure functions over hidden states, logits and features.
+
+Letters: N predictions, D model axis, V vocabulary. The output matrix is applied here, in pieces of
+tokens that are computed again in the backward pass, so that logits are never held for all tokens.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from krony.errors import KronyError
+
+CE, KL, FEATURES = "ce", "kl", "features"
+PARTS = (CE, KL, FEATURES)
+LOGITS = 2**26  # most logits held at a time; a quarter of a gigabyte in float32
+
+Head = Callable[[Tensor], Tensor]
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The parts of a loss such as "ce", "kl", "ce+kl" or "kl+features". Raises `KronyError`."""
+    parts = tuple(text.split("+"))
+    if not set(parts) <= set(PARTS) or len(set(parts)) != len(parts):
+        raise KronyError(
+            f"no loss {text!r}; give {', '.join(PARTS)}, or a sum of them such as ce+kl"
+        )
+    return parts
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed next-token cross-entropy in nats: logits (N, V), labels (N,)."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Summed KL(teacher ‖ student) at a temperature, times its square (Hinton et al. 2015): (N, V).
+
+    The square keeps the size of the gradient when the temperature changes.
+    """
+    student = F.log_softmax(logits.float() / temperature, -1)
+    wanted = F.log_softmax(teacher.float() / temperature, -1)
+    return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2
+
+
+def feature_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of ‖f - w‖² / ‖w - mean(w)‖²: 1 for a layer that says nothing but its mean.
+
+    Args:
+        features, wanted: one tensor (..., D) a layer, of the student and of the teacher.
+    """
+    errors = []
+    for f, w in zip(features, wanted, strict=True):
+        w = w.float().flatten(0, -2)
+        size = (w - w.mean(0)).square().sum().clamp(min=1e-12)
+        errors.append((f.float().flatten(0, -2) - w).square().sum() / size)
+    return torch.stack(errors).mean()
+
+
+def next_token(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    vocabulary: int,
+    parts: Sequence[str] = (CE,),
+    teacher: tuple[Tensor, Head] | None = None,
+    temperature: float = 1.0,
+    logits: int = LOGITS,
+) -> Tensor:
+    """Mean over predictions of the asked-for sum of cross-entropy and KL, in nats.
+
+    Args:
+        hidden: last hidden states of the student that predict something, (N, D).
+        head: maps (n, D) to logits (n, V).
+        labels: (N,), what they should predict.
+        vocabulary: V.
+        teacher: the hidden states (N, D') and head of the teacher, needed by KL.
+        logits: most logits to hold at a time.
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    size = max(1, logits // vocabulary)
+    one_piece = len(hidden) <= size
+
+    def piece(h: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
+        made, value = head(h), h.new_zeros((), dtype=torch.float32)
+        if CE in parts:
+            value = value + cross_entropy(made, y)
+        if KL in parts:
+            assert teacher is not None
+            assert t is not None
+            with torch.no_grad():
+                wanted = teacher[1](t)
+            value = value + forward_kl(made, wanted, temperature)
+        return value
+
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        arguments = (hidden[rows], labels[rows], None if teacher is None else teacher[0][rows])
+        if one_piece or not torch.is_grad_enabled():
+            total = total + piece(*arguments)
+        else:
+            total = total + checkpoint(piece, *arguments, use_reentrant=False)
+    return total / len(hidden)

@@ -1,0 +1,144 @@
+"""Recipes of healing: stages, learning rates by group, and what is trained at all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from krony import losses
+from krony.errors import KronyError
+from krony.layers import KroneckerLinear
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with a batch size and a schedule of its own.
+
+    Attributes:
+        share: of the run's tokens.
+        batch_tokens: in an optimiser step.
+        learning_rate: after the warm-up; its cosine ends at `final` times that.
+        warmup: steps, but at most a tenth of the stage.
+    """
+
+    batch_tokens: int
+    learning_rate: float
+    final: float = 0.1
+    warmup: int = 500
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to heal.
+
+    Attributes:
+        taught, untaught: the loss with a teacher and without one.
+        factors: learning rate of the factors over that of the other weights.
+        betas, decay: of AdamW (Loshchilov and Hutter 2019); vectors have no weight decay.
+        adapters: rank of LoRA adapters on the large factors, the only thing that is trained then.
+    """
+
+    stages: tuple[Stage, ...]
+    taught: str = losses.KL
+    untaught: str = losses.CE
+    factors: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    decay: float = 0.1
+    adapters: int = 0
+
+
+def krony_pt(width: int, tokens: int) -> Recipe:
+    """Krony-PT, section IV-A: the learning rates and batches of the paper, whatever the model."""
+    return Recipe(
+        stages=(
+            Stage(122_880, 6e-5, 0.1, 500, share=0.75),
+            Stage(327_680, 6e-6, 1.0, 0, share=0.25),
+        ),
+        taught=losses.CE,
+    )
+
+
+def default(width: int, tokens: int) -> Recipe:
+    """What did best at small budgets on the packaged model (docs/results.md).
+
+    About a thousand steps of 4k to 122k tokens; the learning rate falls with the model's width.
+    """
+    batch = min(max(tokens // 1000, 4096), 122_880)
+    return Recipe(stages=(Stage(batch, 1.5e-3 * 256 / width, 0.0, 50),), decay=0.0)
+
+
+def lora(width: int, tokens: int) -> Recipe:
+    """LoRA adapters (Hu et al. 2022) on the large factors only, merged at the end."""
+    recipe = default(width, tokens)
+    return replace(recipe, adapters=16)
+
+
+RECIPES: dict[str, Callable[[int, int], Recipe]] = {
+    "default": default,
+    "krony-pt": krony_pt,
+    "lora": lora,
+}
+
+
+def parameter_groups(
+    model: nn.Module, recipe: Recipe, learning_rate: float
+) -> list[dict[str, Any]]:
+    """Four groups at most: factors or not, with weight decay or not."""
+    factored: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, KroneckerLinear):
+            factored |= {id(p) for name, p in module.named_parameters() if name != "bias"}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in factored, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (recipe.factors if factors else 1.0),
+            "weight_decay": recipe.decay if matrices else 0.0,
+        }
+        for (factors, matrices), parameters in groups.items()
+    ]
+
+
+def freeze_dense(model: nn.Module) -> None:
+    """Leave only the parameters of factored layers to be trained. Raises `KronyError` if none."""
+    model.requires_grad_(False)
+    factored = [m for m in model.modules() if isinstance(m, KroneckerLinear)]
+    if not factored:
+        raise KronyError("nothing would be trained: the model has no factored layer")
+    for module in factored:
+        module.requires_grad_(True)
+
+
+def add_adapters(model: PreTrainedModel, rank: int) -> None:
+    """LoRA adapters on the large factors; everything else is frozen. Raises `KronyError`."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise KronyError("the lora recipe needs peft; pip install krony[lora]") from error
+    names = [
+        f"{name}.groups.{i}.large"
+        for name, m in model.named_modules()
+        if isinstance(m, KroneckerLinear)
+        for i in range(len(m.groups))
+    ]
+    if not names:
+        raise KronyError("nothing to adapt: the model has no factored layer")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+    inject_adapter_in_model(config, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add the adapters into the large factors and remove them."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())

@@ -1,0 +1,311 @@
+"""Healing: it learns, it resumes to the same numbers, it stops cleanly, it never loses work."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import krony
+from helpers import logits, tiny
+from krony.blocks import from_ids
+from krony.errors import KronyError
+from krony.heal import HealConfig, heal
+from krony.losses import PARTS
+from krony.objective import Objective, returning_loss
+from krony.recipe import RECIPES, parameter_groups
+from krony.training import COMPLETE, HealTrainer, Stopped, last_checkpoint
+
+WINDOW = 16
+CONFIG = HealConfig(
+    tokens=WINDOW * 4 * 12, batch_tokens=WINDOW * 4, dtype="float32", eval_every=128
+)
+
+
+def small(family="gpt2", **changes):
+    """A factored model and its teacher, the dense one."""
+    # Weights large enough that the teacher's predictions differ from chance.
+    changes = {"initializer_range": 0.2, "init_std": 0.2, **changes}
+    model, teacher = tiny(family, **changes), tiny(family, **changes)
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
+    return model, teacher
+
+
+def text(count=64, seed=0):
+    """Blocks with something to learn: each token follows from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 90, (count, 1), generator=generator)
+    return from_ids((start + 7 * torch.arange(WINDOW)) % 90)
+
+
+def train(model, config, run, teacher=None, **options):
+    return heal(
+        model, text(), config, run=run, evaluation=text(5, seed=1), teacher=teacher, **options
+    )
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(a, second[name]) for name, a in first.items())
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "features", "ce+kl+features"])
+def test_it_learns_and_saves_what_it_learned(loss, tmp_path):
+    model, teacher = small()
+    before = logits(teacher)
+    config = HealConfig(**{**CONFIG.__dict__, "loss": loss, "learning_rate": 1e-2})
+    if loss == "ce":
+        teacher = None
+    record = train(model, config, tmp_path / "run", teacher)
+    losses = [point["training"] for point in record.curve if "training" in point]
+    assert losses[-1] < losses[0]
+    assert record.best == min(point["held_out"] for point in record.curve)
+    assert record.curve[-1]["tokens"] == config.tokens
+    assert record.settings["loss"] == loss
+    if teacher is not None:
+        assert torch.equal(logits(teacher), before)
+    assert "forward" not in model.__dict__
+    assert all(p.requires_grad for p in model.parameters())
+    saved = krony.save_model(model, tmp_path / "saved")
+    assert torch.equal(logits(krony.load_model(saved)), logits(model))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_the_loss_is_that_of_the_model(family):
+    model, teacher = small(family)
+    ids = torch.arange(24).reshape(2, 12) % 90
+    wanted = model(input_ids=ids, labels=ids).loss
+    objective = Objective(model, ("ce",))
+    with returning_loss(model, objective):
+        torch.testing.assert_close(model(input_ids=ids)["loss"], wanted, rtol=1e-5, atol=1e-6)
+    both = Objective(model, ("ce", "kl"), teacher)
+    model.train()
+    with returning_loss(model, both):
+        found = model(input_ids=ids)["loss"]
+    p, q = (m(input_ids=ids).logits[:, :-1].log_softmax(-1) for m in (teacher, model.eval()))
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(found, wanted + divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_scale_their_logits_go_the_long_way():
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.CohereConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, logit_scale=0.25, max_position_embeddings=64,
+    )  # fmt: skip
+    model = hf.CohereForCausalLM(config).eval()
+    ids = torch.arange(24).reshape(2, 12) % 90
+    wanted = model(input_ids=ids, labels=ids).loss
+    with returning_loss(model, Objective(model, ("ce",))):
+        torch.testing.assert_close(model(input_ids=ids)["loss"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_off_while_healing_and_back_afterwards():
+    model, _ = small(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    ids = torch.arange(12)[None]
+    model.train()
+    with returning_loss(model, Objective(model, ("ce",))):
+        first, second = (model(input_ids=ids)["loss"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == rates
+    assert max(rates) == 0.5
+
+
+def test_accumulation_does_not_change_the_run(tmp_path):
+    first, _ = small()
+    second, _ = small()
+    one = train(first, CONFIG, tmp_path / "one")
+    few = HealConfig(**{**CONFIG.__dict__, "micro_tokens": WINDOW})
+    two = train(second, few, tmp_path / "two")
+    for a, b in zip(one.curve, two.curve, strict=True):
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["after the checkpoint", "while it is written"])
+def test_a_killed_run_resumes_to_the_same_numbers(when, tmp_path, monkeypatch):
+    config = HealConfig(**{**CONFIG.__dict__, "save_minutes": 0.0})  # a checkpoint every step
+    whole, _ = small()
+    wanted = train(whole, config, tmp_path / "whole")
+
+    model, _ = small()
+    complete = HealTrainer._save_checkpoint
+
+    def kill(self, *arguments):
+        if self.state.global_step == 7 and when == "while it is written":
+            self.save_model(f"{self.args.output_dir}/checkpoint-7")
+            raise _Killed
+        complete(self, *arguments)
+        if self.state.global_step == 7:
+            raise _Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HealTrainer, "_save_checkpoint", kill)
+        with pytest.raises(_Killed):
+            train(model, config, tmp_path / "run")
+    stage = tmp_path / "run" / "stage-0"
+    left = last_checkpoint(stage)
+    assert left is not None
+    assert left.name == ("checkpoint-6" if when == "while it is written" else "checkpoint-7")
+    assert (stage / "checkpoint-7").is_dir()
+
+    with pytest.raises(KronyError, match="has an unfinished run; continue it with --resume"):
+        train(small()[0], config, tmp_path / "run")
+    again, _ = small()
+    found = train(again, config, tmp_path / "run", resume=True)
+    assert found.curve == wanted.curve
+    assert found.best == wanted.best
+    assert same(weights(again), weights(whole))
+    kept = sorted(stage.glob("checkpoint-*"))
+    assert len(kept) == 2
+    assert all((folder / COMPLETE).exists() for folder in kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(number, tmp_path):
+    whole, _ = small()
+    wanted = train(whole, CONFIG, tmp_path / "whole")
+    model, _ = small()
+    before = signal.getsignal(number)
+
+    def send(what, step, steps):
+        if step == 5 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), number)
+
+    sent: list[int] = []
+    with pytest.raises(Stopped, match=r"after step [56] of 12; .* go on with --resume") as stop:
+        train(model, CONFIG, tmp_path / "run", progress=send)
+    assert stop.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    again, _ = small()
+    assert train(again, CONFIG, tmp_path / "run", resume=True).curve == wanted.curve
+    assert same(weights(again), weights(whole))
+
+
+def test_nan_stops_before_the_weights_take_it_up(tmp_path, monkeypatch):
+    model, _ = small()
+    config = HealConfig(**{**CONFIG.__dict__, "save_minutes": 0.0})
+    step = HealTrainer.training_step
+
+    def poisoned(self, *arguments, **options):
+        loss = step(self, *arguments, **options)
+        if self.state.global_step == 4:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(HealTrainer, "training_step", poisoned)
+    with pytest.raises(KronyError, match=r"became nan at step 5.*the last good .*checkpoint-4"):
+        train(model, config, tmp_path / "run")
+    good = krony.load_model(tmp_path / "run" / "stage-0" / "checkpoint-4")
+    assert same(weights(good), weights(model))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_best_weights_are_kept_not_the_last(tmp_path):
+    model, _ = small()
+    # Far too fast: the loss rises after some steps.
+    config = HealConfig(**{**CONFIG.__dict__, "learning_rate": 1.0})
+    record = train(model, config, tmp_path / "run")
+    assert record.best < record.curve[-1]["held_out"]
+    with returning_loss(model, Objective(model, ("ce",))), torch.no_grad():
+        ids = torch.tensor(text(5, seed=1)["input_ids"])
+        assert model(input_ids=ids)["loss"].item() == pytest.approx(record.best, rel=1e-5)
+
+
+def test_settings_of_a_resumed_run_must_be_the_same(tmp_path):
+    train(small()[0], CONFIG, tmp_path / "run")
+    other = HealConfig(**{**CONFIG.__dict__, "seed": 3})
+    with pytest.raises(KronyError, match="had seed = 0, not 3"):
+        train(small()[0], other, tmp_path / "run", resume=True)
+
+
+def test_freeze_dense_trains_the_factors_only(tmp_path):
+    model, _ = small()
+    before = weights(model)
+    config = HealConfig(**{**CONFIG.__dict__, "freeze": "dense", "learning_rate": 1e-2})
+    train(model, config, tmp_path / "run")
+    changed = {
+        name for name, value in weights(model).items() if not torch.equal(value, before[name])
+    }
+    assert changed
+    assert all(".mlp." in name for name in changed)
+    assert any(name.endswith("small") for name in changed)
+    with pytest.raises(KronyError, match="no factored layer"):
+        train(tiny("gpt2"), config, tmp_path / "other")
+
+
+def test_lora_trains_adapters_and_leaves_none(tmp_path):
+    model, _ = small()
+    before = weights(model)
+    config = HealConfig(**{**CONFIG.__dict__, "recipe": "lora", "learning_rate": 1e-2})
+    record = train(model, config, tmp_path / "run")
+    assert record.best < record.curve[0]["held_out"]
+    after = weights(model)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert all(name.endswith("large.weight") for name in changed)
+    assert len(changed) == 4
+    saved = krony.save_model(model, tmp_path / "saved")
+    assert torch.equal(logits(krony.load_model(saved)), logits(model))
+
+
+def test_the_paper_recipe_has_two_stages(tmp_path):
+    recipe = RECIPES["krony-pt"](768, 10**9)
+    assert [s.batch_tokens for s in recipe.stages] == [122_880, 327_680]
+    assert [s.learning_rate for s in recipe.stages] == [6e-5, 6e-6]
+    model, _ = small()
+    config = HealConfig(tokens=CONFIG.tokens, recipe="krony-pt", batch_tokens=WINDOW * 4)
+    record = train(model, config, tmp_path / "run")
+    assert record.curve[-1]["tokens"] == CONFIG.tokens
+    tokens = [point["tokens"] for point in record.curve]
+    assert tokens == sorted(tokens)
+    assert (tmp_path / "run" / "stage-1").is_dir()
+
+
+def test_groups_of_parameters(gpt2):
+    krony.compress(gpt2, krony.make_plan(gpt2, small=(2, 2)), init="van-loan")
+    recipe = krony.recipe.Recipe(stages=(), factors=3.0, decay=0.1)
+    groups = parameter_groups(gpt2, recipe, 1e-3)
+    assert sum(len(g["params"]) for g in groups) == len(list(gpt2.parameters()))
+    rates = {(round(g["lr"], 6), g["weight_decay"]) for g in groups}
+    assert rates == {(1e-3, 0.1), (1e-3, 0.0), (3e-3, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "magic"}, "no recipe 'magic'; there are default, krony-pt, lora"),
+        ({"loss": "mse"}, "no loss 'mse'"),
+        ({"loss": "kl"}, "the loss kl needs a teacher"),
+        ({"tokens": 0}, "0 tokens of training can't be"),
+        ({"batch_tokens": 10**6}, "makes 64 blocks, fewer than the 62500 of one step"),
+    ],
+)
+def test_bad_settings_are_named_and_nothing_is_left(changes, message, tmp_path):
+    config = HealConfig(**{**CONFIG.__dict__, **changes})
+    with pytest.raises(KronyError, match=message):
+        train(small()[0], config, tmp_path / "run")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    model, _ = small()
+    with pytest.raises(KronyError, match="vocabulary of 50 tokens and the model one of 96"):
+        train(model, CONFIG, tmp_path / "run", tiny("gpt2", vocab_size=50))
+
+
+def test_every_part_of_the_loss_is_documented():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in (*PARTS, *RECIPES):
+        assert f"`{name}`" in readme, name
