@@ -309,3 +309,15 @@ def test_every_part_of_the_loss_is_documented():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for name in (*PARTS, *RECIPES):
         assert f"`{name}`" in readme, name
+
+
+def test_reconstruction_comes_first(tmp_path):
+    model, teacher = small()
+    plain = train(small()[0], CONFIG, tmp_path / "plain", teacher)
+    config = HealConfig(**{**CONFIG.__dict__, "reconstruct": 40})
+    record = train(model, config, tmp_path / "run", teacher)
+    assert len(record.reconstruction) == 2
+    assert all(after < before for before, after in record.reconstruction.values())
+    assert record.curve[0] != plain.curve[0]
+    with pytest.raises(KronyError, match="reconstruction needs a teacher"):
+        train(small()[0], config, tmp_path / "other")

@@ -58,6 +58,9 @@ def heal_command(
         str | None, typer.Option(help="Tokens in a step, instead of the recipe's: 122k.")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Default: the model's, at most 1024.")] = None,
+    reconstruct: Annotated[
+        int, typer.Option(help="First fit each MLP to the teacher's by so many steps: 300.")
+    ] = 0,
     freeze: Annotated[Freeze, typer.Option(help="dense: train the factors only.")] = Freeze.none,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out text. Default: 1 % of the training blocks.")
@@ -98,6 +101,7 @@ def heal_command(
         temperature=temperature,
         learning_rate=learning_rate,
         batch_tokens=_count(batch_tokens, "--batch-tokens"),
+        reconstruct=reconstruct,
         freeze=freeze.value,
         eval_every=_count(eval_every, "--eval-every"),
         save_minutes=save_minutes,
@@ -163,6 +167,8 @@ def heal_command(
             f"Held-out loss {first['held_out']:.4f} before, {record.best:.4f} at best, "
             f"{last['held_out']:.4f} at the end, over {last['tokens']:,} tokens."
         )
+        for name, (before, after) in record.reconstruction.items():
+            out.print(f"{name}: error {before:.3f} of the variance, reconstructed {after:.3f}")
         speed = record.speed
         out.print(
             f"{speed['tokens_per_second']:,.0f} tokens a second, "
@@ -211,6 +217,7 @@ def _write(
         "settings": record.settings,
         "best_held_out": record.best,
         "curve": record.curve,
+        "reconstruction": record.reconstruction,
         "speed": record.speed,
         "processes": PartialState().num_processes,
         "sharded": record.sharded,

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
 from accelerate import PartialState
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from krony import losses
@@ -21,6 +20,8 @@ from krony.checkpoints import write_json
 from krony.errors import KronyError
 from krony.objective import Objective, returning_loss
 from krony.recipe import RECIPES, Recipe, Stage, add_adapters, freeze_dense, merge_adapters
+from krony.reconstruct import reconstruct
+from krony.speed import fastest_dtype, flops_per_token, peak_bytes
 from krony.training import (
     BEST,
     HealTrainer,
@@ -32,6 +33,7 @@ from krony.training import (
 
 SETTINGS, CURVE, FINAL = "settings.json", "curve.json", "final"
 NAMES = {"loss": "loss", "eval_loss": "held-out"}  # in transformers' log and in ours
+RECONSTRUCTED = 64  # blocks that MLPs are reconstructed on
 EVALUATIONS = 20  # in a run, if nothing else is asked for
 MICRO_TOKENS = {"cpu": 4096, "cuda": 32_768}  # most tokens in one forward and backward pass
 
@@ -47,6 +49,7 @@ class HealConfig:
         temperature: of the KL divergence.
         learning_rate: in place of the recipe's; later stages keep their proportion to it.
         batch_tokens: of an optimiser step, in place of the recipe's.
+        reconstruct: steps of Adam for each MLP before the training (`reconstruct.py`).
         freeze: "dense" trains the factored layers only.
         eval_every: tokens between evaluations on held-out blocks.
         save_minutes: between checkpoints; `keep` is how many stay.
@@ -61,6 +64,7 @@ class HealConfig:
     temperature: float = 1.0
     learning_rate: float | None = None
     batch_tokens: int | None = None
+    reconstruct: int = 0
     freeze: Literal["none", "dense"] = "none"
     eval_every: int | None = None
     save_minutes: float = 10.0
@@ -82,6 +86,7 @@ class HealRecord:
             directory.
         best: held-out loss (nats) of the best weights, which the model has at the end.
         curve: by evaluation: tokens, held-out loss, mean training loss since the one before.
+        reconstruction: error of every MLP before and after, if that was asked for.
         speed: tokens_per_second, step_seconds, peak_bytes, flops_per_token, flops_per_second.
     """
 
@@ -90,6 +95,7 @@ class HealRecord:
     speed: dict[str, float]
     settings: dict[str, Any]
     sharded: bool
+    reconstruction: dict[str, tuple[float, float]]
 
 
 Report = Callable[[str, int, int], None]
@@ -132,6 +138,14 @@ def heal(
     }
     settings = _begin(run, settings, resume)
     dtype = settings["dtype"]
+    errors = {}
+    if config.reconstruct and last_checkpoint(run / "stage-0") is None:
+        if teacher is None:
+            raise KronyError("reconstruction needs a teacher, the dense model; give one")
+        head = [row["input_ids"] for row in islice(blocks, RECONSTRUCTED)]
+        errors = reconstruct(
+            model, teacher, torch.tensor(head), config.reconstruct, progress=progress
+        )
     objective = Objective(model, parts, teacher, config.temperature)
     if objective.teacher is not None:
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -192,7 +206,7 @@ def heal(
         "flops_per_token": flops,
         "flops_per_second": round(flops * trained / max(seconds, 1e-9)),
     }
-    return HealRecord(best, curve, speed, settings, sharded)
+    return HealRecord(best, curve, speed, settings, sharded, errors)
 
 
 def _recipe(model: PreTrainedModel, config: HealConfig) -> Recipe:
@@ -382,41 +396,3 @@ def _reporter(progress: Report | None, batch_tokens: int) -> Callable[..., None]
         progress(", ".join([*texts, speed]), state.global_step, state.max_steps)
 
     return report
-
-
-def fastest_dtype(model: PreTrainedModel) -> str:
-    """bfloat16 where a product in it is clearly faster on the model's device, else float32."""
-    device = model.device
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype, device=device)
-        repeats = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            repeats.append(time.perf_counter() - start)
-        seconds[dtype] = min(repeats)
-    return "bfloat16" if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else "float32"
-
-
-def flops_per_token(model: PreTrainedModel, objective: Objective, window: int) -> float:
-    """Floating-point operations of a training step a token, teacher included, as torch counts."""
-    ids = torch.zeros(1, window, dtype=torch.long, device=model.device)
-    training = model.training
-    model.train()
-    with FlopCounterMode(display=False) as counter:
-        objective(model, ids)["loss"].backward()
-    model.zero_grad()
-    model.train(training)
-    return counter.get_total_flops() / window
-
-
-def peak_bytes(model: PreTrainedModel) -> int:
-    """Peak memory of this process: on the GPU if the model is there, else resident."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
