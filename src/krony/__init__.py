@@ -10,7 +10,7 @@ from krony.checkpoints import load_model, load_tokenizer, save_model
 from krony.errors import KronyError
 from krony.evaluate import perplexity
 from krony.factorise import INITS, compress
-from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
 from krony.schemes import SCHEMES, Factors
@@ -25,6 +25,7 @@ __all__ = [
     "DataOptions",
     "Factors",
     "KroneckerConfig",
+    "KroneckerEmbedding",
     "KroneckerGroup",
     "KroneckerLinear",
     "KronyError",

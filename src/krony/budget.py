@@ -6,26 +6,23 @@ a token for all of them (fit.py), so that layers and structures can be weighed a
 one of each list is chosen by an exact multiple-choice knapsack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from transformers import PreTrainedModel
 
-from krony import calibrate, fit, info
+from krony import calibrate, embedding, fit, info
 from krony.calibrate import Moments
-from krony.errors import KronyError
+from krony.embedding import RowMetric
+from krony.factorise import Known, collect
 from krony.families import Target, dense_weight, find_targets
 from krony.kron import Shape
-from krony.plan import MatrixPlan, Plan
+from krony.limits import Candidate, candidate, choose, limits
+from krony.plan import Plan, matrix_plan
 from krony.schemes import Factors
-
-Objective = Literal["size", "throughput"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 # Shares of a matrix's parameters at which candidates are priced.
 LOW_RANK_SHARES = np.geomspace(0.03, 0.9, 40)
@@ -34,24 +31,10 @@ PRICING_STEPS = 8  # of L-BFGS: enough to compare, the final fit takes more
 SIDES = (16, 8)  # sides of the small factor, the first that divide the matrix
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to store a matrix: groups of factors (none: dense), its costs and its harm."""
-
-    groups: tuple[Factors, ...]
-    parameters: int
-    multiply_adds: int
-    harm: float
-
-    def cost(self, objective: str) -> int:
-        """In the currency of the objective: parameters, or multiply-adds a token."""
-        return self.parameters if objective == "size" else self.multiply_adds
-
-
 def make_candidates(
     target: Target, weight: torch.Tensor, moments: Moments, objective: str
 ) -> list[Candidate]:
-    """Candidates for one matrix (m, n), none of them dearer than the dense one.
+    """Candidates for one matrix (m, n), none of them larger than the dense one.
 
     Under "throughput" only low rank is priced beside dense: a balanced sum takes several times the
     multiply-adds of the dense matrix.
@@ -66,11 +49,11 @@ def make_candidates(
         harm = 0.5 * float(tail[rank:].sum())
         found.append(Candidate((factors,), factors.parameters, factors.multiply_adds, harm))
     side = small_side(target.shape)
-    if objective == "size" and side is not None:
+    if objective != "throughput" and side is not None:
         for factors in kronecker_factors(target.shape, side):
             harm = fit.groups(weight, metric, (factors,), steps=PRICING_STEPS)[1][-1]
             found.append(Candidate((factors,), factors.parameters, factors.multiply_adds, harm))
-    return [c for c in found if c.cost(objective) <= found[0].cost(objective)]
+    return [c for c in found if c.parameters <= found[0].parameters]
 
 
 def small_side(shape: Shape) -> int | None:
@@ -87,50 +70,18 @@ def kronecker_factors(shape: Shape, side: int) -> list[Factors]:
     return [Factors(large, small, terms) for terms in counts if terms <= limit]
 
 
-def choose(candidates: list[list[Candidate]], budget: int, objective: str) -> list[Candidate]:
-    """One candidate of each list, their costs within the budget and their harm the least.
-
-    Exact (HiGHS branch and bound, through scipy).
-
-    Raises:
-        KronyError: even the cheapest choice is over the budget.
-    """
-    least = sum(min(c.cost(objective) for c in row) for row in candidates)
-    if least > budget:
-        raise KronyError(
-            f"a budget of {budget:,} can't be met: the smallest factors take {least:,}; give more"
-        )
-    flat = [candidate for row in candidates for candidate in row]
-    costs = np.array([[c.cost(objective) for c in flat]], dtype=float)
-    rows = np.zeros((len(candidates), len(flat)))
-    start = 0
-    for i, row in enumerate(candidates):
-        rows[i, start : start + len(row)] = 1
-        start += len(row)
-    # Scaled: HiGHS works with absolute tolerances of about 1e-6.
-    harm = np.array([c.harm for c in flat])
-    solution = milp(
-        harm / max(float(harm.max()), 1e-30) * 1e3,
-        constraints=[
-            LinearConstraint(costs / budget, ub=1.0 - 1e-12),
-            LinearConstraint(rows, lb=1, ub=1),
-        ],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
-    if solution.x is None:
-        raise KronyError(f"no choice of factors was found for a budget of {budget:,}; give more")
-    return [c for c, taken in zip(flat, solution.x, strict=True) if taken > 0.5]
-
-
 @dataclass(frozen=True)
 class BudgetPlan:
-    """A plan, and what it is predicted to cost: nats a token above the dense model."""
+    """A plan, and what it is predicted to cost: nats a token above the dense model.
+
+    Attributes:
+        dense: the targets that stay as they are.
+    """
 
     plan: Plan
     harm: float
-    moments: dict[str, Moments]
+    moments: dict[str, Known]
+    dense: tuple[Target, ...]
 
 
 def make_budget_plan(
@@ -139,9 +90,10 @@ def make_budget_plan(
     *,
     share: float | None = None,
     parameters: int | None = None,
+    flops: float | None = None,
     target: str = "mlp",
     objective: str = "size",
-    moments: dict[str, Moments] | None = None,
+    moments: Mapping[str, Known] | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BudgetPlan:
@@ -149,67 +101,55 @@ def make_budget_plan(
 
     Args:
         windows: token ids (windows, window) to calibrate on.
-        share: of the targets' own parameters (or multiply-adds, by objective), between 0 and 1.
+        share: of the targets' own parameters, between 0 and 1.
         parameters: of the whole model, instead of a share.
-        objective: "size" counts parameters, and may take sums that need more arithmetic;
-            "throughput" counts multiply-adds.
-        moments: of every matrix that `target` selects, if `calibrate.calibrate` was called already.
+        flops: share of the targets' multiply-adds; alone, or beside a budget of parameters.
+        target: see `families.find_targets`.
+        objective: what the same share must hold in besides: "size" nothing else, "decode" the time
+            to decode a token, "throughput" the multiply-adds; see `limits.py`.
+        moments: of every matrix that `target` selects, if they were collected already.
         seed: of the labels that calibration samples.
         progress: called with (what, number, how many).
     Returns:
         The plan, its predicted harm, and the moments, which `compress` takes.
     Raises:
-        KronyError: not exactly one budget, or one that can't be met.
+        KronyError: no budget, contradictory ones, or one that can't be met.
     """
-    if objective not in OBJECTIVES:
-        raise KronyError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-    if (share is None) == (parameters is None):
-        raise KronyError("give a budget as a share or as the parameters of the model, not both")
     targets = find_targets(model, target)
-    dense = sum(t.shape[0] * t.shape[1] for t in targets)
-    if share is not None:
-        if not 0 < share < 1:
-            raise KronyError(f"a budget of {share} is no share; give a number between 0 and 1")
-        budget = int(share * dense)
-    else:
-        assert parameters is not None
-        total = info.parameters(model)
-        budget = parameters - (total - dense)
-        if not 0 < budget < dense or objective != "size":
-            raise KronyError(
-                f"a model of {parameters:,} parameters can't be: with these targets and the size "
-                f"objective it has between {total - dense:,} and {total:,}"
-            )
+    most = limits(
+        targets,
+        info.parameters(model),
+        share=share,
+        parameters=parameters,
+        flops=flops,
+        objective=objective,
+    )
     if moments is None:
-        moments = calibrate.calibrate(
+        ends = [t for t in targets if t.role in ("embedding", "head")]
+        moments = collect(
             calibrate.full_precision(model),
             windows,
-            [t.name for t in targets],
+            [t.name for t in targets if t not in ends],
+            ends,
             seed=seed,
             progress=progress and partial(progress, "Calibrating"),
         )
     rows = []
     for number, found in enumerate(targets, 1):
         weight = dense_weight(model.get_submodule(found.name)).detach().double().cpu()
-        rows.append(make_candidates(found, weight, moments[found.name], objective))
+        metric = moments[found.name]
+        if isinstance(metric, RowMetric):
+            priced = embedding.candidates(found, weight, metric)
+            rows.append([candidate(found, (), 0.0)])
+            rows[-1] += [candidate(found, (factors,), harm) for factors, harm in priced]
+        else:
+            rows.append(make_candidates(found, weight, metric, objective))
         if progress is not None:
             progress("Pricing", number, len(targets))
-    chosen = choose(rows, budget, objective)
-    matrices = [
-        MatrixPlan(t.name, t.shape, c.groups, False, t.bias, t.conv1d)
-        for t, c in zip(targets, chosen, strict=True)
-        if c.groups
-    ]
-    return BudgetPlan(Plan(tuple(matrices)), sum(c.harm for c in chosen), moments)
-
-
-def parse_count(text: str | None) -> int | None:
-    """81,972,576 from "81972576" or 81 million from "81M". Raises `KronyError`."""
-    if text is None:
-        return None
-    units = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-    number, unit = text[:-1], units.get(text[-1:].lower())
-    try:
-        return int(float(number) * unit) if unit else int(text)
-    except ValueError:
-        raise KronyError(f"--params {text!r} is no count; write for example 81M") from None
+    chosen = list(zip(targets, choose(rows, most), strict=True))
+    return BudgetPlan(
+        Plan(tuple(matrix_plan(t, c.groups) for t, c in chosen if c.groups)),
+        sum(c.harm for _, c in chosen),
+        dict(moments),
+        tuple(t for t, c in chosen if not c.groups),
+    )

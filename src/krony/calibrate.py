@@ -210,7 +210,7 @@ def calibrate(
                 embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
             if gradients:
-                _sampled_loss(logits, generator).backward()
+                sampled_loss(logits, generator).backward()
             if start == 0:
                 shared.clear()
             if progress is not None:
@@ -230,7 +230,7 @@ def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     entry.tokens += len(flat)
 
 
-def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Sum over tokens of -log p(label), labels drawn from p itself."""
     logs = logits.float().log_softmax(-1).flatten(0, 1)
     drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)

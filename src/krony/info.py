@@ -5,8 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from krony.families import find_targets
-from krony.layers import KroneckerLinear
-from krony.modeling import config_of
+from krony.modeling import Factored, config_of
 from krony.plan import Plan
 
 
@@ -50,7 +49,7 @@ def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict
     measured, rows = provenance.get("matrices", {}), []
     for matrix in plan.matrices:
         layer = model.get_submodule(matrix.name)
-        assert isinstance(layer, KroneckerLinear)
+        assert isinstance(layer, Factored)
         rows.append(
             {
                 "name": matrix.name,

@@ -244,3 +244,27 @@ def _mix(mixing: Tensor, x: Tensor) -> Tensor:
     if x.shape[-1] == 1:
         return F.linear(x.squeeze(-1), mixing).unsqueeze(-1)
     return mixing @ x
+
+
+def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Rows of W = Σ_r outer_r ⊗ inner_r, without forming W: an embedding's lookup.
+
+    Row c·m_inner + a of a Kronecker product is outer's row c ⊗ inner's row a.
+
+    Args:
+        ids: (...), row numbers from 0 to m - 1.
+        outer, inner: (R, ·, ·) each.
+    Returns:
+        (..., n).
+    """
+    left = _pick(outer, ids // inner.shape[1])
+    right = _pick(inner, ids % inner.shape[1])
+    return torch.einsum("...rd,...rb->...db", left, right).flatten(-2).reshape(*ids.shape, -1)
+
+
+def _pick(factors: Tensor, ids: Tensor) -> Tensor:
+    """Row `ids` of every term: (..., R, n); a single row is not repeated: (R, n)."""
+    if factors.shape[1] == 1:
+        return factors[:, 0]
+    table = factors.transpose(0, 1).flatten(1)
+    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))

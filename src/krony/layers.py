@@ -1,4 +1,4 @@
-"""KroneckerLinear: a linear layer whose weight is a sum of Kronecker products, never formed."""
+"""Linear layers and embeddings whose weight is a sum of Kronecker products, never formed."""
 
 from typing import Any
 
@@ -97,6 +97,11 @@ class KroneckerGroup(nn.Module):
             x, self.scaled_small, self.large, self.large_shape, self.layout, self.mix_first
         )
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W, (..., n), W not formed."""
+        factors = kron.in_order(self.large_factors, self.scaled_small, self.layout)
+        return kron.rows(ids, *factors)
+
     def extra_repr(self) -> str:
         large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
         learnable = ", scalars" if self.scalars is not None else ""
@@ -127,15 +132,7 @@ class KroneckerLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not groups:
-            raise KronyError("a KroneckerLinear needs at least one group of factors; none given")
-        for group in groups:
-            (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-            if (m1 * m2, n1 * n2) != (out_features, in_features):
-                raise KronyError(
-                    f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
-                    f"layer is {out_features}x{in_features}; choose factors that divide it"
-                )
+        _check_groups(groups, out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.groups = nn.ModuleList(groups)
         if bias:
@@ -153,11 +150,7 @@ class KroneckerLinear(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense W (m, n), summed in `dtype` (default: that of the factors), differentiable."""
-        parts: list[Any] = list(self.groups)
-        dense: Tensor = parts[0].to_dense(dtype)
-        for group in parts[1:]:
-            dense = dense + group.to_dense(dtype)
-        return dense
+        return _sum_to_dense(self.groups, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.groups
@@ -168,3 +161,86 @@ class KroneckerLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+
+
+class KroneckerEmbedding(nn.Module):
+    """Rows of W = Σ_groups Σ_r s_r (B_r ⊗ A_r), (V, D), looked up without forming W.
+
+    Args:
+        num_embeddings, embedding_dim: V tokens and D.
+        groups: any number of `KroneckerGroup`, each of them V by D.
+        padding_idx: kept for the way back to `nn.Embedding`; no row has gradients of its own here.
+    Raises:
+        KronyError: no group, or a group whose shapes do not multiply to (V, D).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        groups: list[KroneckerGroup],
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_groups(groups, num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+        self.groups = nn.ModuleList(groups)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense W (V, D), formed anew at each access; writing to it changes nothing."""
+        return self.to_dense()
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense W (V, D), summed in `dtype` (default: that of the factors), differentiable."""
+        return _sum_to_dense(self.groups, dtype)
+
+    def tied_linear(self) -> KroneckerLinear:
+        """The output matrix y = x Wᵀ with the same parameters: one set of them in memory."""
+        shared = []
+        for mine in self.groups:
+            assert isinstance(mine, KroneckerGroup)
+            with torch.device("meta"):
+                group = KroneckerGroup(
+                    mine.large_shape,
+                    mine.small_shape,
+                    mine.terms,
+                    mine.layout,
+                    mine.scalars is not None,
+                )
+            group.large.weight, group.small = mine.large.weight, mine.small
+            if mine.scalars is not None:
+                group.scalars = mine.scalars
+            shared.append(group)
+        return KroneckerLinear(self.embedding_dim, self.num_embeddings, shared, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first, *others = self.groups
+        y: Tensor = first.rows(ids)  # type: ignore[operator]
+        for group in others:
+            y = y + group.rows(ids)  # type: ignore[operator]
+        return y
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.num_embeddings}, model={self.embedding_dim}"
+
+
+def _check_groups(groups: list[KroneckerGroup], m: int, n: int) -> None:
+    if not groups:
+        raise KronyError("a factored layer needs at least one group of factors; none given")
+    for group in groups:
+        (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+        if (m1 * m2, n1 * n2) != (m, n):
+            raise KronyError(
+                f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
+                f"layer is {m}x{n}; choose factors that divide it"
+            )
+
+
+def _sum_to_dense(groups: nn.ModuleList, dtype: torch.dtype | None) -> Tensor:
+    parts: list[Any] = list(groups)
+    dense: Tensor = parts[0].to_dense(dtype)
+    for group in parts[1:]:
+        dense = dense + group.to_dense(dtype)
+    return dense

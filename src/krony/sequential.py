@@ -124,6 +124,7 @@ def fit_plan(
     options: DataOptions,
     batch: int = 8,
     progress: Callable[[str, int, int], None] | None = None,
+    embedded: PreTrainedModel | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
     """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
 
@@ -132,6 +133,7 @@ def fit_plan(
         moments: of every planned matrix, from `calibrate.calibrate`.
         install: makes the factored layer from the dense one, the plan and the fit.
         progress: called with (name, number from 1, how many).
+        embedded: the model with its embedding factored already, whose hidden states to start from.
     Returns:
         The factored layer and its fit, by name.
     Raises:
@@ -176,6 +178,8 @@ def fit_plan(
     )
     stream = BlockStream(model, [module for _, _, module in named], windows, batch)
     dense_hidden, hidden = stream.hidden, list(stream.hidden)
+    if embedded is not None:
+        hidden = BlockStream(embedded, [blocks(embedded)[0][2]], windows, batch).hidden
     with torch.no_grad():
         for index, (block_name, _, dense) in enumerate(named[: last + 1]):
             work = copy.deepcopy(dense)
