@@ -10,8 +10,8 @@ from krony import Factors, KroneckerLinear, KronyError, MatrixPlan, Plan, compre
 from krony import budget as budgets
 from krony import calibrate as calibration
 from krony.budget import Candidate, choose, make_budget_plan
-from krony.families import dense_weight, find_targets
-from krony.sequential import DataOptions
+from krony.families import blocks, dense_weight, find_targets
+from krony.sequential import DataOptions, _writes_the_stream
 
 WINDOWS = torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -105,7 +105,7 @@ def test_data_beats_van_loan_on_its_own_measure(family):
     assert 0 < errors["data"] < errors["van-loan"]
 
 
-@pytest.mark.parametrize("off", ["sequential", "bias", "centred", "gradients"])
+@pytest.mark.parametrize("off", ["sequential", "bias", "centred", "gradients", "residual"])
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_every_ingredient_can_be_switched_off_and_changes_the_factors(off):
     plan = make_plan(tiny("gpt2"), small=(4, 4), terms=2)
@@ -127,16 +127,45 @@ def test_enough_terms_leave_the_model_as_it_was(gpt2):
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_the_bias_removes_the_mean_error_exactly(gpt2):
-    """On the calibration text, the last matrix's mean output is that of the dense model."""
-    name = "transformer.h.1.mlp.c_proj"
-    with calibration.captured({name: gpt2.get_submodule(name)}, True) as seen, torch.no_grad():
-        gpt2(input_ids=WINDOWS)
-    goal = seen[name].double().mean((0, 1))
+    """On the calibration text, what the last block leaves has the mean of the dense model."""
+    name = "transformer.ln_f"
+    goal = inputs_of(gpt2, name).mean(0)
     plan = make_plan(gpt2, small=(8, 8), terms=2)
     compress(gpt2, plan, init="data", calibration=WINDOWS)
-    with calibration.captured({name: gpt2.get_submodule(name)}, True) as seen, torch.no_grad():
-        gpt2(input_ids=WINDOWS)
-    torch.testing.assert_close(seen[name].double().mean((0, 1)), goal, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inputs_of(gpt2, name).mean(0), goal, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "writers"), [("gpt2", 1), ("llama", 1), ("gpt_neox", 2)])
+def test_the_matrices_that_write_the_residual_stream_are_found(family, writers):
+    """The MLP's last one; in GPT-NeoX's parallel blocks attention's too, but not in others."""
+    model = tiny(family)
+    ((_, _, block), *_) = blocks(model)
+    stream = calibration.BlockStream(model, [block], WINDOWS, 4)
+    linear = [
+        name for name, m in block.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2
+    ]
+    with torch.no_grad():
+        found = [
+            name
+            for name in linear
+            if _writes_the_stream(stream, 0, block, stream.hidden[0], [name])
+        ]
+    assert len(found) == writers
+    assert any(name.endswith(("mlp.c_proj", "down_proj", "4h_to_h")) for name in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_later_matrices_make_up_for_the_error_of_earlier_ones(gpt2):
+    """The last block's output comes closer to the dense model's than without the ingredient."""
+    reference = inputs_of(gpt2, "transformer.ln_f")
+    plan = make_plan(gpt2, small=(8, 8), terms=6)
+    errors = []
+    for residual in (True, False):
+        model = tiny("gpt2")
+        options = DataOptions(residual=residual, gradients=False)
+        compress(model, plan, init="data", calibration=WINDOWS, options=options)
+        errors.append(float((inputs_of(model, "transformer.ln_f") - reference).norm()))
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
