@@ -6,6 +6,7 @@ a token for all of them (fit.py), so that layers and structures can be weighed a
 one of each list is chosen by an exact multiple-choice knapsack.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +23,14 @@ from krony.families import Target, dense_weight, find_targets
 from krony.kron import Shape
 from krony.limits import Candidate, candidate, choose, limits
 from krony.plan import Plan, matrix_plan
-from krony.schemes import Factors
+from krony.schemes import Factors, divisors
 
-# Shares of a matrix's parameters at which candidates are priced.
-LOW_RANK_SHARES = np.geomspace(0.03, 0.9, 40)
-KRONECKER_SHARES = (0.12, 0.2, 0.3, 0.42, 0.6)
-PRICING_STEPS = 8  # of L-BFGS: enough to compare, the final fit takes more
-SIDES = (16, 8)  # sides of the small factor, the first that divide the matrix
+# Shares of a matrix's parameters at which there are candidates, and those at which Kronecker sums
+# are fitted; between these the logarithm of the harm is close to linear in the terms.
+SHARES = np.geomspace(0.03, 0.97, 60)
+FITTED_SHARES = (0.12, 0.3, 0.65)
+LOW_RANK_PARTS = (0.1, 0.45)  # of the parameters of a mixed candidate, the rest is a balanced sum
+PRICING_STEPS = 3  # of L-BFGS: enough to compare, the final fit takes more
 
 
 def make_candidates(
@@ -44,30 +46,48 @@ def make_candidates(
     metric = fit.Metric.of(inputs, moments.gradient, m)
     found = [Candidate((), m * n, m * n, 0.0)]
     tail = fit.spectrum(weight, metric).square()
-    for rank in sorted({int(share * m * n / (m + n)) for share in LOW_RANK_SHARES} - {0}):
-        factors = Factors((m, 1), (1, n), rank)
-        harm = 0.5 * float(tail[rank:].sum())
+    for factors in dict.fromkeys(sized((m, 1), (1, n), share) for share in SHARES):
+        harm = 0.5 * float(tail[factors.terms :].sum())
         found.append(Candidate((factors,), factors.parameters, factors.multiply_adds, harm))
-    side = small_side(target.shape)
-    if objective != "throughput" and side is not None:
-        for factors in kronecker_factors(target.shape, side):
-            harm = fit.groups(weight, metric, (factors,), steps=PRICING_STEPS)[1][-1]
-            found.append(Candidate((factors,), factors.parameters, factors.multiply_adds, harm))
+    if objective != "throughput" and min(*sum(balanced_shapes(target.shape), ())) > 1:
+        for part in LOW_RANK_PARTS:
+            fitted = [mixed(target.shape, share, part) for share in FITTED_SHARES]
+            costs = [sum(g.parameters for g in groups) for groups in fitted]
+            harms = [fit.groups(weight, metric, g, steps=PRICING_STEPS)[1][-1] for g in fitted]
+            logs = [math.log(max(harm, 1e-300)) for harm in harms]
+            for share in SHARES:
+                groups = mixed(target.shape, share, part)
+                cost = sum(g.parameters for g in groups)
+                if costs[0] <= cost <= costs[-1]:
+                    harm = math.exp(np.interp(cost, costs, logs))
+                    arithmetic = sum(g.multiply_adds for g in groups)
+                    found.append(Candidate(groups, cost, arithmetic, harm))
     return [c for c in found if c.parameters <= found[0].parameters]
 
 
-def small_side(shape: Shape) -> int | None:
-    """The side of a square small factor for balanced sums, or None if no listed one divides."""
-    return next((s for s in SIDES if shape[0] % s == 0 and shape[1] % s == 0), None)
+def balanced_shapes(shape: Shape) -> tuple[Shape, Shape]:
+    """(large, small) as near to each other as the divisors of (m, n) allow.
+
+    The sum is a matrix of rank R after rearrangement to (m1·n1, m2·n2), and R terms cost the least
+    when both sides of that are equal.
+    """
+    m2, n2 = (max(d for d in divisors(side) if d * d <= side) for side in shape)
+    return (shape[0] // m2, shape[1] // n2), (m2, n2)
 
 
-def kronecker_factors(shape: Shape, side: int) -> list[Factors]:
-    """Balanced sums at the listed shares of the matrix's parameters."""
-    large, small = (shape[0] // side, shape[1] // side), (side, side)
-    one = Factors(large, small).parameters
-    limit = min(side * side, large[0] * large[1])
-    counts = sorted({int(share * shape[0] * shape[1] / one) for share in KRONECKER_SHARES} - {0})
-    return [Factors(large, small, terms) for terms in counts if terms <= limit]
+def sized(large: Shape, small: Shape, share: float) -> Factors:
+    """As many terms, at least one, in interpolative form, as a share of the matrix pays for."""
+    p, q = large[0] * large[1], small[0] * small[1]
+    # R (p + q - R) = share · p · q
+    terms = int((p + q - math.sqrt((p + q) ** 2 - 4 * share * p * q)) / 2)
+    return Factors(large, small, max(terms, 1), interpolative=True)
+
+
+def mixed(shape: Shape, share: float, part: float) -> tuple[Factors, Factors]:
+    """A low-rank group with that part of the share, and a balanced sum with the rest of it."""
+    m, n = shape
+    low_rank = sized((m, 1), (1, n), part * share)
+    return low_rank, sized(*balanced_shapes(shape), share - low_rank.parameters / (m * n))
 
 
 @dataclass(frozen=True)
@@ -146,10 +166,16 @@ def make_budget_plan(
             rows.append(make_candidates(found, weight, metric, objective))
         if progress is not None:
             progress("Pricing", number, len(targets))
-    chosen = list(zip(targets, choose(rows, most), strict=True))
+    chosen = choose(rows, most)
     return BudgetPlan(
-        Plan(tuple(matrix_plan(t, c.groups) for t, c in chosen if c.groups)),
-        sum(c.harm for _, c in chosen),
+        make_plan_of(targets, chosen),
+        sum(c.harm for c in chosen),
         dict(moments),
-        tuple(t for t, c in chosen if not c.groups),
+        tuple(t for t, c in zip(targets, chosen, strict=True) if not c.groups),
     )
+
+
+def make_plan_of(targets: list[Target], chosen: list[Candidate]) -> Plan:
+    """The plan of one candidate for each target; those that stay dense are not in it."""
+    pairs = zip(targets, chosen, strict=True)
+    return Plan(tuple(matrix_plan(t, c.groups) for t, c in pairs if c.groups))

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from krony import fit
-from krony.calibrate import captured, sampled_loss
+from krony import fit, kron
+from krony.calibrate import captured, gram, sampled_loss, windows_at_once
 from krony.families import Target
 from krony.schemes import Factors
 
-SHARES = 24  # ranks that are priced, evenly up to where factors outgrow the matrix
+SHARES = 32  # ranks that are priced, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class RowMetric:
     def harm(self, delta: Tensor) -> float:
         """Nats a token."""
         return 0.5 * float((self.apply(delta) * delta).sum())
+
+    def rest(self, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The harm of Δ and its gradient, as `fit.refine` asks for them; no group is projected."""
+        assert rank == 0
+        image = self.apply(delta)
+        return 0.5 * (image * delta).sum(), image
+
+    def to(self, dtype: torch.dtype) -> "RowMetric":
+        """The same in another precision."""
+        return RowMetric(tuple(Use(u.rows.to(dtype), u.columns.to(dtype)) for u in self.uses))
 
     @cached_property
     def nearest(self) -> Use:
@@ -102,7 +112,6 @@ def calibrate(
     windows: Tensor,
     targets: list[Target],
     *,
-    batch: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, RowMetric]:
@@ -114,7 +123,7 @@ def calibrate(
         windows: token ids, (windows, window).
         targets: of role "embedding" or "head".
     """
-    head = model.get_output_embeddings()
+    head, batch = model.get_output_embeddings(), windows_at_once(model, windows.shape[1])
     width, tokens = head.weight.shape[1], 0
     read = torch.zeros(head.weight.shape[0], dtype=torch.float64)
     written = torch.zeros_like(read)
@@ -151,8 +160,7 @@ def calibrate(
 
 
 def _square(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return (flat.T @ flat).double().cpu()
+    return gram(x.reshape(-1, x.shape[-1]))
 
 
 def factors(
@@ -164,12 +172,12 @@ def factors(
     """
     if len(shapes) == 1 and fit.is_low_rank(shapes[0]):
         large, small = WeightedSVD.of(weight, metric).pair(shapes[0].terms)
-        pair = (small, large) if shapes[0].layout == "small-outer" else (large, small)
-        return [pair], metric.harm(weight - fit.kron.to_dense(*pair))
+        pair = kron.in_order(large, small, shapes[0].layout)
+        return [pair], metric.harm(weight - kron.to_dense(*pair))
     rest, start = weight, []
     for shape in shapes:
-        start.append(fit.kron.van_loan(rest, *shape.sides, shape.terms))
-        rest = rest - fit.kron.to_dense(*start[-1])
+        start.append(kron.van_loan(rest, *shape.sides, shape.terms))
+        rest = rest - kron.to_dense(*start[-1])
     pairs, history = fit.refine(weight, metric, start)  # type: ignore[arg-type]
     return pairs, history[-1]
 
@@ -178,6 +186,7 @@ def candidates(target: Target, weight: Tensor, metric: RowMetric) -> list[tuple[
     """Low rank at many ranks, each with its harm in nats a token."""
     v, d = target.shape
     harms = WeightedSVD.of(weight, metric).harms(metric)
-    most = min(v * d // (v + d), d - 1)
-    ranks = sorted({most * i // SHARES for i in range(1, SHARES + 1)} - {0})
-    return [(Factors((v, 1), (1, d), rank), float(harms[rank])) for rank in ranks]
+    # In interpolative form factors of every rank below D are smaller than the matrix.
+    ranks = sorted({(d - 1) * i // SHARES for i in range(1, SHARES + 1)} - {0})
+    shapes = [Factors((v, 1), (1, d), rank, interpolative=True) for rank in ranks]
+    return [(shape, float(harms[shape.terms])) for shape in shapes]

@@ -55,7 +55,12 @@ def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict
                 "name": matrix.name,
                 "shape": list(matrix.shape),
                 "factors": [
-                    {"terms": g.terms, "large": list(g.large), "small": list(g.small)}
+                    {
+                        "terms": g.terms,
+                        "large": list(g.large),
+                        "small": list(g.small),
+                        "interpolative": g.interpolative,
+                    }
                     for g in matrix.groups
                 ],
                 "layout": matrix.groups[0].layout,

@@ -19,9 +19,12 @@ class KroneckerGroup(nn.Module):
 
     Parameters:
         large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
-        small: (R, m2, n2).
+        small: (R, m2, n2); with `interpolative=True` (R, m2·n2 - R), and a buffer `order` (m2·n2,)
+            that says where the unit matrix and these go (`kron.interpolate`).
         scalars: (R,), only with `scalars=True` (Krony-PT, section III-F).
     """
+
+    order: Tensor | None
 
     def __init__(
         self,
@@ -30,11 +33,13 @@ class KroneckerGroup(nn.Module):
         terms: int = 1,
         layout: Layout = "small-outer",
         scalars: bool = False,
+        interpolative: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         kron.check_factors(large, small, terms, layout)
+        kron.check_scalars(scalars, interpolative)
         self.large_shape: Shape = (large[0], large[1])
         self.small_shape: Shape = (small[0], small[1])
         self.terms, self.layout = terms, layout
@@ -45,7 +50,11 @@ class KroneckerGroup(nn.Module):
             self.large = nn.Linear(terms * n1, m1, bias=False, **where)
         else:
             self.large = nn.Linear(n1, terms * m1, bias=False, **where)
-        self.small = nn.Parameter(torch.empty(terms, *small, **where))
+        entries = small[0] * small[1]
+        stored = (entries - terms,) if interpolative else small
+        self.small = nn.Parameter(torch.empty(terms, *stored, **where))
+        order = torch.arange(entries, dtype=torch.int32, device=device) if interpolative else None
+        self.register_buffer("order", order)
         self.scalars = nn.Parameter(torch.ones(terms, **where)) if scalars else None
         self.reset_parameters()
 
@@ -53,15 +62,21 @@ class KroneckerGroup(nn.Module):
     def reset_parameters(self) -> None:
         """Random factors whose sum has the entries of a fresh `nn.Linear`: variance 1/(3n)."""
         fan_in = self.large_shape[1] * self.small_shape[1]
-        deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
-        nn.init.normal_(self.large.weight, std=deviation)
-        nn.init.normal_(self.small, std=deviation)
+        if self.order is None:
+            deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
+            nn.init.normal_(self.large.weight, std=deviation)
+            nn.init.normal_(self.small, std=deviation)
+        else:  # the blocks that are kept, and combinations of all of them
+            nn.init.normal_(self.large.weight, std=(1 / (3 * fan_in)) ** 0.5)
+            nn.init.normal_(self.small, std=(1 / self.terms) ** 0.5)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
     @property
     def scaled_small(self) -> Tensor:
-        """The small factors with the learnable scalars multiplied in: (R, m2, n2)."""
+        """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
+        if self.order is not None:
+            return kron.fill(self.small, self.order).unflatten(1, self.small_shape)
         if self.scalars is None:
             return self.small
         return self.small * self.scalars[:, None, None]
@@ -76,6 +91,9 @@ class KroneckerGroup(nn.Module):
         """Copy in A (R, m1, n1), B (R, m2, n2), s (R,); absorb s where it is not learnable."""
         if self.scalars is None and scalars is not None:
             small = small * scalars[:, None, None]
+        if self.order is not None:
+            large, small, order = kron.interpolate(large, small)
+            self.order.copy_(order)
         self.large.weight.copy_(kron.large_to_linear(large, self.mix_first))
         self.small.copy_(small)
         if self.scalars is not None:
@@ -105,7 +123,8 @@ class KroneckerGroup(nn.Module):
     def extra_repr(self) -> str:
         large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
         learnable = ", scalars" if self.scalars is not None else ""
-        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}"
+        form = ", interpolative" if self.order is not None else ""
+        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}{form}"
 
 
 class KroneckerLinear(nn.Module):
@@ -208,7 +227,10 @@ class KroneckerEmbedding(nn.Module):
                     mine.terms,
                     mine.layout,
                     mine.scalars is not None,
+                    mine.order is not None,
                 )
+            # An index, not a weight: transformers ties parameters only, so the head has a copy.
+            group.order = None if mine.order is None else mine.order.clone()
             group.large.weight, group.small = mine.large.weight, mine.small
             if mine.scalars is not None:
                 group.scalars = mine.scalars

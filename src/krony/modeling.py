@@ -220,7 +220,9 @@ def build_layer(
     """The module that the plan describes, with random factors."""
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     groups = [
-        KroneckerGroup(g.large, g.small, g.terms, g.layout, matrix.scalars, **where)
+        KroneckerGroup(
+            g.large, g.small, g.terms, g.layout, matrix.scalars, g.interpolative, **where
+        )
         for g in matrix.groups
     ]
     (m, n) = matrix.shape

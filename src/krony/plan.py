@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from krony import schemes
+from krony import kron, schemes
 from krony.errors import KronyError
 from krony.families import Target, find_targets
 from krony.kron import Layout, Shape
@@ -88,6 +88,7 @@ class MatrixPlan:
             raise KronyError(f"{self.name} has no group of factors in the plan; give at least one")
         for group in self.groups:
             group.check()
+            kron.check_scalars(self.scalars, group.interpolative)
             if group.shape != tuple(self.shape):
                 raise KronyError(
                     f"the plan's factors for {self.name} make {group.shape[0]}x{group.shape[1]}, "
@@ -135,7 +136,13 @@ class Plan:
                     name=m["name"],
                     shape=_pair(m["shape"]),
                     groups=tuple(
-                        Factors(_pair(g["large"]), _pair(g["small"]), g["terms"], g["layout"])
+                        Factors(
+                            large=_pair(g["large"]),
+                            small=_pair(g["small"]),
+                            terms=g["terms"],
+                            layout=g["layout"],
+                            interpolative=g.get("interpolative", False),
+                        )
                         for g in m["groups"]
                     ),
                     scalars=m["scalars"],

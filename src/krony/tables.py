@@ -38,9 +38,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
-def factors_text(terms: int, large: Any, small: Any) -> str:
+def factors_text(terms: int, large: Any, small: Any, interpolative: bool = False) -> str:
     """One group of factors, 2 x 1024x256 by 3x3."""
-    return f"{terms} x {sides(large)} by {sides(small)}"
+    form = " interpolative" if interpolative else ""
+    return f"{terms} x {sides(large)} by {sides(small)}{form}"
 
 
 def plan_table(plan: Plan) -> Table:
@@ -48,7 +49,9 @@ def plan_table(plan: Plan) -> Table:
     made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
     made.add_column("multiply-adds", justify="right")
     for m in plan.matrices:
-        factors = " + ".join(factors_text(g.terms, g.large, g.small) for g in m.groups)
+        factors = " + ".join(
+            factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups
+        )
         rank = min(sum(g.rank for g in m.groups), *m.shape)
         made.add_row(
             m.name,
@@ -153,7 +156,8 @@ def info_table(info: dict[str, Any]) -> Table:
     )
     for row in info["matrices"]:
         factors = " + ".join(
-            factors_text(f["terms"], f["large"], f["small"]) for f in row["factors"]
+            factors_text(f["terms"], f["large"], f["small"], f["interpolative"])
+            for f in row["factors"]
         )
         kept = row["norm_kept"]
         made.add_row(
