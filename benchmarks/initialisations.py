@@ -21,12 +21,20 @@ from scipy.stats import spearmanr
 
 import krony
 from krony import calibrate, data, docstrings, evaluate
-from krony.budget import Candidate, choose, make_candidates, make_plan_of
+from krony.budget import (
+    Candidate,
+    balanced_shapes,
+    choose,
+    make_candidates,
+    make_plan_of,
+    sized,
+)
 from krony.checkpoints import write_json
 from krony.factorise import DATA
 from krony.families import dense_weight, find_targets
 from krony.fit import Metric, is_low_rank, spectrum
 from krony.sequential import DataOptions
+from krony.tables import factors_text
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of each held-out text
@@ -49,19 +57,6 @@ def low_rank_plan(targets: list[Any], ranks: list[int]) -> krony.Plan:
             for t, rank in zip(targets, ranks, strict=True)
         )
     )
-
-
-def mixed_plan(targets: list[Any], share: float) -> krony.Plan:
-    """Half of the share low rank, half a balanced Kronecker sum, in every matrix."""
-    matrices = []
-    for t in targets:
-        m, n = t.shape
-        large = (m // 16, n // 16)
-        rank = int(share / 2 * m * n / (m + n))
-        terms = int(share / 2 * m * n / krony.Factors(large, (16, 16)).parameters)
-        groups = (krony.Factors((m, 1), (1, n), rank), krony.Factors(large, (16, 16), terms))
-        matrices.append(krony.MatrixPlan(t.name, t.shape, groups, False, t.bias, t.conv1d))
-    return krony.Plan(tuple(matrices))
 
 
 class Bench:
@@ -141,6 +136,11 @@ class Bench:
             row[name] = {"perplexity": perplexity, "against_dense": ratio}
         whole = sum(t.shape[0] * t.shape[1] for t in self.targets)
         dense = whole - plan.dense_parameters  # matrices that the plan leaves as they are
+        if init == DATA:
+            row["plan"] = {
+                m.name: [factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups]
+                for m in plan.matrices
+            }
         return {
             **row,
             "share": round((dense + plan.parameters) / whole, 4),
@@ -149,7 +149,10 @@ class Bench:
         }
 
 
-def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
+Job = tuple[str, krony.Plan, str, DataOptions | None]
+
+
+def methods(bench: Bench, share: float) -> list[Job]:
     """Every method at one share of the MLP parameters."""
     model, targets = bench.model(), bench.targets
     small = {0.5: (2, 1), 0.25: (2, 2)}[share]
@@ -157,51 +160,49 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
     one = krony.Factors((64, 16), (16, 16)).parameters
     sums = krony.make_plan(model, small=(16, 16), terms=int(share * 1024 * 256 / one))
-    jobs: list[tuple[str, Callable[[], tuple[krony.Plan, str, DataOptions | None]]]] = [
-        ("paper, van-loan", lambda: (paper, "van-loan", None)),
-        ("paper, van-loan-scaled", lambda: (paper, "van-loan-scaled", None)),
-        ("paper, prune", lambda: (paper, "prune", None)),
-        ("one term, data", lambda: (paper, DATA, None)),
-        ("low rank, whitened SVD", lambda: (low_rank_plan(targets, ranks), DATA, WEIGHTS_ONLY)),
-        ("low rank, data", lambda: (low_rank_plan(targets, ranks), DATA, None)),
-        ("balanced sum, van-loan", lambda: (sums, "van-loan", None)),
-        ("balanced sum, data", lambda: (sums, DATA, None)),
-        ("both groups, data", lambda: (mixed_plan(targets, share), DATA, None)),
+    low_rank = low_rank_plan(targets, ranks)
+    return [
+        ("paper, van-loan", paper, "van-loan", None),
+        ("paper, van-loan-scaled", paper, "van-loan-scaled", None),
+        ("paper, prune", paper, "prune", None),
+        ("one term, data", paper, DATA, None),
+        ("low rank, whitened SVD", low_rank, DATA, WEIGHTS_ONLY),
+        ("low rank, data", low_rank, DATA, None),
+        ("balanced sum, van-loan", sums, "van-loan", None),
+        ("balanced sum, data", sums, DATA, None),
+        ("mixed, uniform shares", bench.uniform(share), DATA, None),
+        ("budget, data", bench.budget(share), DATA, None),
     ]
-    rows = [{"method": name, **bench.measure(*job())} for name, job in jobs]
+
+
+def ablation(bench: Bench, share: float) -> list[Job]:
+    """The budget plan with each ingredient, of the fit and then of the plan, removed in turn."""
     plan = bench.budget(share)
-    row = {"method": "budget, data", **bench.measure(plan, DATA)}
-    row["plan"] = {
-        m.name: [f"{g.terms} x {g.large} by {g.small}" for g in m.groups] for m in plan.matrices
-    }
-    rows.append(row)
-    for row in rows:
-        show(f"{share:.2f} {row['method']}", row)
+    jobs: list[Job] = [("nothing", plan, DATA, None)]
+    for off in ("sequential", "residual", "bias", "centred", "gradients"):
+        jobs.append((off, plan, DATA, DataOptions(**{off: False})))
+    return [
+        *jobs,
+        ("allocation", bench.uniform(share), DATA, None),
+        ("interpolative form", bench.budget(share, plain), DATA, None),
+        ("Kronecker sums", bench.budget(share, low_rank_only), DATA, None),
+        ("low rank", kronecker_only(plan), DATA, None),
+    ]
+
+
+def measured(bench: Bench, jobs: list[Job]) -> list[dict[str, Any]]:
+    """A row a job, printed as they come."""
+    rows = []
+    for name, plan, init, options in jobs:
+        rows.append({"name": name, **bench.measure(plan, init, options)})
+        show(rows[-1])
     return rows
 
 
-def show(name: str, row: dict[str, Any]) -> None:
+def show(row: dict[str, Any]) -> None:
     """Print one row."""
     texts = "  ".join(f"{t} {row[t]['against_dense']:10.3f}x" for t in ("topics", "docstrings"))
-    print(f"{name:32} {texts}  {row['share']:.4f}  {row['seconds']:6.1f} s", flush=True)
-
-
-def ablation(bench: Bench, share: float) -> list[dict[str, Any]]:
-    """The budget plan with each ingredient, of the fit and then of the plan, removed in turn."""
-    plan, rows = bench.budget(share), []
-    jobs: list[tuple[str, krony.Plan, DataOptions | None]] = [("nothing", plan, None)]
-    for off in ("sequential", "residual", "bias", "centred", "gradients"):
-        jobs.append((off, plan, DataOptions(**{off: False})))
-    jobs += [
-        ("allocation", bench.uniform(share), None),
-        ("interpolative form", bench.budget(share, plain), None),
-        ("Kronecker sums", bench.budget(share, low_rank_only), None),
-        ("low rank", bench.budget(share, kronecker_only), None),
-    ]
-    for name, changed, options in jobs:
-        rows.append({"without": name, **bench.measure(changed, DATA, options)})
-        show(f"without {name}", rows[-1])
-    return rows
+    print(f"{row['name']:24} {texts}  {row['share']:.4f}  {row['seconds']:6.1f} s", flush=True)
 
 
 def plain(candidate: Candidate) -> Candidate | None:
@@ -219,9 +220,13 @@ def low_rank_only(candidate: Candidate) -> Candidate | None:
     return candidate if all(is_low_rank(g) for g in candidate.groups) else None
 
 
-def kronecker_only(candidate: Candidate) -> Candidate | None:
-    """The candidate if it has no low-rank group."""
-    return candidate if not any(is_low_rank(g) for g in candidate.groups) else None
+def kronecker_only(plan: krony.Plan) -> krony.Plan:
+    """The same parameters for each matrix, all of them in one balanced sum."""
+    matrices = [
+        replace(m, groups=(sized(*balanced_shapes(m.shape), m.parameters / m.dense_parameters),))
+        for m in plan.matrices
+    ]
+    return krony.Plan(tuple(matrices))
 
 
 def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
@@ -278,9 +283,9 @@ def main() -> None:
     print({name: round(found.perplexity, 3) for name, found in bench.dense.items()})
     runs: dict[str, Callable[[], Any]] = {
         "prediction": lambda: prediction(bench, arguments.plans),
-        "quarter": lambda: methods(bench, 0.25),
-        "half": lambda: methods(bench, 0.5),
-        "ablation_quarter": lambda: ablation(bench, 0.25),
+        "quarter": lambda: measured(bench, methods(bench, 0.25)),
+        "half": lambda: measured(bench, methods(bench, 0.5)),
+        "ablation_quarter": lambda: measured(bench, ablation(bench, 0.25)),
     }
     for part in arguments.parts:
         record[part] = runs[part]()
