@@ -20,11 +20,11 @@ def blocks(language: str) -> list[str]:
 
 def test_commands_run_in_order(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The head of the text, one candidate instead of five, rough fits: the commands still run.
+    # The head of the text, few candidates, rough fits: the commands still run.
     full = data.TEXTS["python-docs"]("python-docs")
     head = data.Text(full.name, full.text[:20_000], full.origin)
-    monkeypatch.setattr(budget, "KRONECKER_SHARES", (0.3,))
-    monkeypatch.setattr(budget, "PRICING_STEPS", 2)
+    monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
+    monkeypatch.setattr(budget, "PRICING_STEPS", 1)
     monkeypatch.setattr(fit, "STEPS", 4)
     monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]

@@ -191,7 +191,7 @@ def is_low_rank(factors: Factors) -> bool:
 
 
 def groups(
-    weight: Tensor, metric: Metric, shapes: tuple[Factors, ...], steps: int = STEPS
+    weight: Tensor, metric: Metric, shapes: tuple[Factors, ...], steps: int | None = None
 ) -> tuple[list[Pair], list[float]]:
     """Factors of least harm for every group of a matrix.
 
@@ -216,7 +216,9 @@ def groups(
             found[i] = kron.van_loan(rest, *shapes[i].sides, shapes[i].terms)
             rest = rest - kron.to_dense(*found[i])
         start = [found[i] for i in open_]
-        pairs, history = refine(weight, metric, start, steps, rank=rank, dtype=torch.float32)
+        pairs, history = refine(
+            weight, metric, start, steps or STEPS, rank=rank, dtype=torch.float32
+        )
         found.update(zip(open_, pairs, strict=True))
         weight = weight - kron.sum_to_dense(pairs)
     if closed:

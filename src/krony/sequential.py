@@ -20,6 +20,8 @@ from krony.calibrate import BlockStream, Inputs, Moments
 from krony.errors import KronyError
 from krony.families import blocks, dense_weight
 from krony.kron import sum_to_dense
+from krony.layers import KroneckerLinear
+from krony.modeling import dense_layer
 from krony.plan import MatrixPlan, Plan
 
 
@@ -195,7 +197,11 @@ def fit_plan(
                 pairings = _pair(stream, index, dense, work, dense_hidden, hidden, stage, lift)
                 for name, pairing in pairings.items():
                     layer = dense.get_submodule(name)
-                    work.set_submodule(name, solve(prefix + name, layer, pairing))
+                    made = solve(prefix + name, layer, pairing)
+                    # Folded: for hundreds of windows many terms take longer than the dense matrix.
+                    assert isinstance(made, KroneckerLinear)
+                    conv1d = planned[prefix + name].conv1d
+                    work.set_submodule(name, dense_layer(made, conv1d))
             if index < last:
                 dense_hidden = [stream.run(index, dense, h) for h in dense_hidden]
                 hidden = [stream.run(index, work, h) for h in hidden]
