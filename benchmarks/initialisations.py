@@ -22,9 +22,7 @@ from scipy.stats import spearmanr
 import krony
 from krony import calibrate, data, docstrings, evaluate
 from krony.budget import (
-    Candidate,
     balanced_shapes,
-    choose,
     make_candidates,
     make_plan_of,
     sized,
@@ -33,6 +31,7 @@ from krony.checkpoints import write_json
 from krony.factorise import DATA
 from krony.families import dense_weight, find_targets
 from krony.fit import Metric, is_low_rank, spectrum
+from krony.limits import Candidate, choose
 from krony.sequential import DataOptions
 from krony.tables import factors_text
 
@@ -106,12 +105,12 @@ class Bench:
         """The planner's choice, of what `kept` makes of each candidate (None: not that one)."""
         rows = [[k for c in row if (k := kept(c)) is not None] for row in self.candidates]
         whole = sum(t.shape[0] * t.shape[1] for t in self.targets)
-        return make_plan_of(self.targets, choose(rows, int(share * whole), "size"))
+        return make_plan_of(self.targets, choose(rows, {"parameters": int(share * whole)}))
 
     def uniform(self, share: float) -> krony.Plan:
         """The best structure for each matrix, all of them at the same share."""
         chosen = [
-            choose([row], int(share * t.shape[0] * t.shape[1]), "size")[0]
+            choose([row], {"parameters": int(share * t.shape[0] * t.shape[1])})[0]
             for t, row in zip(self.targets, self.candidates, strict=True)
         ]
         return make_plan_of(self.targets, chosen)
