@@ -1,10 +1,11 @@
 """Which matrices to save in: any model, MLPs alone and the whole model, no training.
 
 First the methods on the MLPs at a quarter and a half, as in initialisations.py, for a model of any
-family; then one size for the whole model, spent on the MLPs alone, on the blocks, or on everything
-with the embedding. Perplexity on the language reference and on held-out docstrings.
+family; then the embedding alone (and an output matrix of its own); then one size for the whole
+model, spent on the MLPs alone, on the blocks, or on everything with the embedding. Perplexity on
+the language reference and on held-out docstrings.
 
-python benchmarks/targets.py MODEL --out FILE [--parts quarter half whole]
+python benchmarks/targets.py MODEL --out FILE [--parts quarter half embedding whole]
 """
 
 import argparse
@@ -96,6 +97,16 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     ]
 
 
+def embedding(bench: Bench) -> list[dict[str, Any]]:
+    """Low rank in the embedding alone, nearest to the weights and of least harm."""
+    targets, rows = find_targets(bench.model(), "embedding"), []
+    for share in (0.75, 0.5, 0.25):
+        shapes = [sized((t.shape[0], 1), (1, t.shape[1]), share) for t in targets]
+        plan = Plan(tuple(matrix_plan(t, (f,)) for t, f in zip(targets, shapes, strict=True)))
+        rows += [bench.measure(f"{share:.2f} {init}", plan, init) for init in ("van-loan", DATA)]
+    return rows
+
+
 def whole(bench: Bench) -> list[dict[str, Any]]:
     """One size for the whole model, spent on ever more of it."""
     model, rows = bench.model(), []
@@ -128,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32_768, help="read of each text")
-    parser.add_argument("--parts", nargs="+", default=[*SHARES, "whole"])
+    parser.add_argument("--parts", nargs="+", default=[*SHARES, "embedding", "whole"])
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
     bench = Bench(arguments.model, arguments.windows, arguments.tokens)
@@ -144,7 +155,10 @@ def main() -> None:
     }
     print({name: round(found.perplexity, 3) for name, found in bench.dense.items()}, flush=True)
     for part in arguments.parts:
-        record[part] = whole(bench) if part == "whole" else methods(bench, SHARES[part])
+        if part in SHARES:
+            record[part] = methods(bench, SHARES[part])
+        else:
+            record[part] = {"embedding": embedding, "whole": whole}[part](bench)
         write_json(arguments.out, record)
 
 

@@ -21,6 +21,7 @@ from krony import embedding as embeddings
 from krony.embedding import RowMetric, Use, WeightedSVD
 from krony.families import blocks, find_targets
 from krony.layers import KroneckerGroup
+from krony.plan import Plan, matrix_plan
 
 # Without token 1, whose row some families keep at zero: a norm's gradient there is enormous.
 WINDOWS = torch.randint(2, 96, (32, 16), generator=torch.Generator().manual_seed(1))
@@ -100,10 +101,17 @@ def test_saves_loads_shards_and_folds(family, tied, choices, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_base_model_loads_and_half_precision_stays_tied(family, tmp_path):
-    model = factored(family, True).to(torch.bfloat16)
+    shape = Factors((96, 1), (1, 32), 8, interpolative=True)
+    model = wide(family, True)
+    (target,) = find_targets(model, "embedding")
+    compress(model, Plan((matrix_plan(target, (shape,)),))).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     base = hf.AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base.get_input_embeddings().weight, ends(model)[0].weight)
+    base.save_pretrained(tmp_path / "base")
+    grown = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    whole = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(grown), logits(whole))
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     again.tie_weights()
     again.float().to("cpu")

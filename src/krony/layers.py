@@ -229,8 +229,9 @@ class KroneckerEmbedding(nn.Module):
                     mine.scalars is not None,
                     mine.order is not None,
                 )
-            # An index, not a weight: transformers ties parameters only, so the head has a copy.
-            group.order = None if mine.order is None else mine.order.clone()
+            # An index, not a weight, which transformers would not tie: it stays out of the file.
+            order = None if mine.order is None else mine.order.clone()
+            group.register_buffer("order", order, persistent=False)
             group.large.weight, group.small = mine.large.weight, mine.small
             if mine.scalars is not None:
                 group.scalars = mine.scalars

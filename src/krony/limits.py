@@ -24,7 +24,7 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 Currency = Literal["parameters", "multiply-adds", "decode"]
 
 # Multiply-adds that take the time of reading one parameter from memory. Measured on one core of an
-# AVX-512 server CPU in float32: 0.37 ns a parameter, 0.029 ns a multiply-add. Batch 1 on a GPU is
+# AVX2 server CPU in float32: 0.37 ns a parameter, 0.029 ns a multiply-add. Batch 1 on a GPU is
 # of the same order in half precision (bytes halve, and so does the time of the arithmetic).
 READ = 12
 

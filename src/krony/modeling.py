@@ -71,6 +71,11 @@ class KroneckerQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
+        for name, layer in model.named_modules():
+            for head in _tied_to(model, name) if isinstance(layer, KroneckerEmbedding) else ():
+                for mine, its in zip(layer.groups, model.get_submodule(head).groups, strict=True):  # type: ignore[arg-type]
+                    if mine.order is not None:  # of the loaded factors, which only one holds
+                        its.order = mine.order.clone()
         attach(model, self.quantization_config)
         return model
 
@@ -190,6 +195,12 @@ def _refuse_resizing(*_: Any, **__: Any) -> None:
     )
 
 
+def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
+    """Names of the output matrices that share the factors of the embedding `name`."""
+    keys, start = model.all_tied_weights_keys.items(), f"{name}.groups."
+    return {target.partition(".groups.")[0] for target, source in keys if source.startswith(start)}
+
+
 def _unfold_embedding(
     model: PreTrainedModel, name: str, layer: KroneckerEmbedding, dtype: torch.dtype | None
 ) -> None:
@@ -199,9 +210,7 @@ def _unfold_embedding(
         dense = nn.Embedding(weight.shape[0], weight.shape[1], layer.padding_idx)
     dense.weight = weight
     model.set_submodule(name, dense)
-    heads = {t.partition(".groups.")[0] for t, s in model.all_tied_weights_keys.items()
-             if s.startswith(f"{name}.groups.")}  # fmt: skip
-    for head in heads:
+    for head in _tied_to(model, name):
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = weight
