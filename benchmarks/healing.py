@@ -19,11 +19,12 @@ import transformers
 import krony
 from initialisations import WEIGHTS_ONLY, low_rank_plan
 from krony import blocks, calibrate, curves, data, evaluate
-from krony.budget import make_budget_plan, parse_count
+from krony.budget import make_budget_plan
 from krony.checkpoints import write_json
 from krony.docstrings import python_docstrings
 from krony.factorise import DATA
 from krony.families import find_targets
+from krony.limits import parse_count
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights

@@ -1,7 +1,7 @@
-"""Initialisations without any training, on the packaged model and its held-out text.
+"""Initialisations without any training, on the packaged model and its two held-out texts.
 
-Three parts: every method at a half and a quarter of the MLP parameters; each ingredient of the data
-initialisation switched off in turn; predicted harm against measured loss over many plans.
+Three parts: every method at a half and a quarter of the MLP parameters; each ingredient switched
+off in turn; predicted harm against measured loss over many plans.
 
 python benchmarks/initialisations.py [--parts prediction quarter half ablation_quarter]
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,25 @@ import transformers
 from scipy.stats import spearmanr
 
 import krony
-from krony import calibrate, data, evaluate
-from krony.budget import make_budget_plan
+from krony import calibrate, data, docstrings, evaluate
+from krony.budget import (
+    balanced_shapes,
+    make_candidates,
+    make_plan_of,
+    sized,
+)
 from krony.checkpoints import write_json
 from krony.factorise import DATA
-from krony.families import find_targets
-from krony.fit import Metric, spectrum
+from krony.families import dense_weight, find_targets
+from krony.fit import Metric, is_low_rank, spectrum
+from krony.limits import Candidate, choose
 from krony.sequential import DataOptions
+from krony.tables import factors_text
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
-EVALUATED = 65_536  # tokens, the head of the held-out text
+EVALUATED = 65_536  # tokens, the head of each held-out text
 WEIGHTS_ONLY = DataOptions(sequential=False, gradients=False)
+Kept = Callable[[Candidate], Candidate | None]
 
 
 def low_rank_plan(targets: list[Any], ranks: list[int]) -> krony.Plan:
@@ -49,25 +58,21 @@ def low_rank_plan(targets: list[Any], ranks: list[int]) -> krony.Plan:
     )
 
 
-def mixed_plan(targets: list[Any], share: float) -> krony.Plan:
-    """Half of the share low rank, half a balanced Kronecker sum, in every matrix."""
-    matrices = []
-    for t in targets:
-        m, n = t.shape
-        large = (m // 16, n // 16)
-        rank = int(share / 2 * m * n / (m + n))
-        terms = int(share / 2 * m * n / krony.Factors(large, (16, 16)).parameters)
-        groups = (krony.Factors((m, 1), (1, n), rank), krony.Factors(large, (16, 16), terms))
-        matrices.append(krony.MatrixPlan(t.name, t.shape, groups, False, t.bias, t.conv1d))
-    return krony.Plan(tuple(matrices))
-
-
 class Bench:
     """The packaged model, its calibration windows and moments, and what was measured so far."""
 
     def __init__(self, windows: int) -> None:
         self.tokenizer = krony.load_tokenizer("demo")
-        self.ids = evaluate.tokenize(self.tokenizer, data.load_text("python-docs"))[:EVALUATED]
+        held_out = data.SEPARATOR.join(docstrings.python_docstrings("validation"))
+        self.texts = {
+            # Another kind of text than the model was trained and the factors calibrated on.
+            "topics": data.load_text("python-docs"),
+            "docstrings": data.Text("docstrings", held_out, "held-out docstrings"),
+        }
+        self.ids = {
+            name: evaluate.tokenize(self.tokenizer, text)[:EVALUATED]
+            for name, text in self.texts.items()
+        }
         model = self.model()
         self.windows = calibrate.calibration_windows(
             "python-docstrings", model, self.tokenizer, windows
@@ -75,11 +80,40 @@ class Bench:
         self.targets = find_targets(model, "mlp")
         names = [t.name for t in self.targets]
         self.moments = calibrate.calibrate(model, self.windows, names)
-        self.dense = evaluate.perplexity(model, self.ids)
+        self.dense = {
+            name: evaluate.perplexity(model, ids, self.texts[name])
+            for name, ids in self.ids.items()
+        }
+        self._candidates: list[list[Candidate]] = []
 
     def model(self) -> transformers.PreTrainedModel:
         """A fresh copy of the packaged model."""
         return krony.load_model("demo", torch.float32)
+
+    @property
+    def candidates(self) -> list[list[Candidate]]:
+        """What the budget planner chooses from, priced once."""
+        if not self._candidates:
+            model = self.model()
+            for t in self.targets:
+                weight = dense_weight(model.get_submodule(t.name)).detach().double()
+                moments = self.moments[t.name]
+                self._candidates.append(make_candidates(t, weight, moments, "size"))
+        return self._candidates
+
+    def budget(self, share: float, kept: Kept = lambda c: c) -> krony.Plan:
+        """The planner's choice, of what `kept` makes of each candidate (None: not that one)."""
+        rows = [[k for c in row if (k := kept(c)) is not None] for row in self.candidates]
+        whole = sum(t.shape[0] * t.shape[1] for t in self.targets)
+        return make_plan_of(self.targets, choose(rows, {"parameters": int(share * whole)}))
+
+    def uniform(self, share: float) -> krony.Plan:
+        """The best structure for each matrix, all of them at the same share."""
+        chosen = [
+            choose([row], {"parameters": int(share * t.shape[0] * t.shape[1])})[0]
+            for t, row in zip(self.targets, self.candidates, strict=True)
+        ]
+        return make_plan_of(self.targets, chosen)
 
     def measure(self, plan: krony.Plan, init: str, options: DataOptions | None = None) -> dict:
         """Compress, evaluate; a JSON-ready row."""
@@ -93,17 +127,31 @@ class Bench:
             options=options,
         )
         seconds = time.perf_counter() - started
-        perplexity = evaluate.perplexity(model, self.ids).perplexity
+        model.dequantize()  # type: ignore[operator]  # equal up to rounding, and faster on long text
+        row: dict[str, Any] = {}
+        for name, ids in self.ids.items():
+            perplexity = evaluate.perplexity(model, ids).perplexity
+            ratio = perplexity / self.dense[name].perplexity
+            row[name] = {"perplexity": perplexity, "against_dense": ratio}
+        whole = sum(t.shape[0] * t.shape[1] for t in self.targets)
+        dense = whole - plan.dense_parameters  # matrices that the plan leaves as they are
+        if init == DATA:
+            row["plan"] = {
+                m.name: [factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups]
+                for m in plan.matrices
+            }
         return {
-            "share": round(plan.parameters / sum(t.shape[0] * t.shape[1] for t in self.targets), 4),
-            "perplexity": perplexity,
-            "against_dense": perplexity / self.dense.perplexity,
-            "multiply_adds": round(plan.multiply_adds / plan.dense_parameters, 3),
+            **row,
+            "share": round((dense + plan.parameters) / whole, 4),
+            "multiply_adds": round((dense + plan.multiply_adds) / whole, 3),
             "seconds": round(seconds, 1),
         }
 
 
-def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
+Job = tuple[str, krony.Plan, str, DataOptions | None]
+
+
+def methods(bench: Bench, share: float) -> list[Job]:
     """Every method at one share of the MLP parameters."""
     model, targets = bench.model(), bench.targets
     small = {0.5: (2, 1), 0.25: (2, 2)}[share]
@@ -111,42 +159,73 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
     one = krony.Factors((64, 16), (16, 16)).parameters
     sums = krony.make_plan(model, small=(16, 16), terms=int(share * 1024 * 256 / one))
-    jobs: list[tuple[str, Callable[[], tuple[krony.Plan, str, DataOptions | None]]]] = [
-        ("paper, van-loan", lambda: (paper, "van-loan", None)),
-        ("paper, van-loan-scaled", lambda: (paper, "van-loan-scaled", None)),
-        ("paper, prune", lambda: (paper, "prune", None)),
-        ("one term, data", lambda: (paper, DATA, None)),
-        ("low rank, whitened SVD", lambda: (low_rank_plan(targets, ranks), DATA, WEIGHTS_ONLY)),
-        ("low rank, data", lambda: (low_rank_plan(targets, ranks), DATA, None)),
-        ("balanced sum, van-loan", lambda: (sums, "van-loan", None)),
-        ("balanced sum, data", lambda: (sums, DATA, None)),
-        ("both groups, data", lambda: (mixed_plan(targets, share), DATA, None)),
+    low_rank = low_rank_plan(targets, ranks)
+    return [
+        ("paper, van-loan", paper, "van-loan", None),
+        ("paper, van-loan-scaled", paper, "van-loan-scaled", None),
+        ("paper, prune", paper, "prune", None),
+        ("one term, data", paper, DATA, None),
+        ("low rank, whitened SVD", low_rank, DATA, WEIGHTS_ONLY),
+        ("low rank, data", low_rank, DATA, None),
+        ("balanced sum, van-loan", sums, "van-loan", None),
+        ("balanced sum, data", sums, DATA, None),
+        ("mixed, uniform shares", bench.uniform(share), DATA, None),
+        ("budget, data", bench.budget(share), DATA, None),
     ]
-    rows = [{"method": name, **bench.measure(*job())} for name, job in jobs]
-    found = make_budget_plan(model, bench.windows, share=share, moments=bench.moments)
-    row = {"method": "budget, data", **bench.measure(found.plan, DATA)}
-    row["predicted_nats"] = found.harm
-    row["plan"] = {
-        m.name: [f"{g.terms} x {g.large} by {g.small}" for g in m.groups]
-        for m in found.plan.matrices
-    }
-    rows.append(row)
-    for row in rows:
-        print(f"{share:.2f} {row['method']:24} {row['perplexity']:12,.2f} "
-              f"{row['against_dense']:10.3f}x {row['seconds']:7.1f} s", flush=True)  # fmt: skip
-    return rows
 
 
-def ablation(bench: Bench, share: float) -> list[dict[str, Any]]:
-    """The budget plan with each ingredient of the data initialisation removed in turn."""
-    model = bench.model()
-    plan = make_budget_plan(model, bench.windows, share=share, moments=bench.moments).plan
+def ablation(bench: Bench, share: float) -> list[Job]:
+    """The budget plan with each ingredient, of the fit and then of the plan, removed in turn."""
+    plan = bench.budget(share)
+    jobs: list[Job] = [("nothing", plan, DATA, None)]
+    for off in ("sequential", "residual", "bias", "centred", "gradients"):
+        jobs.append((off, plan, DATA, DataOptions(**{off: False})))
+    return [
+        *jobs,
+        ("allocation", bench.uniform(share), DATA, None),
+        ("interpolative form", bench.budget(share, plain), DATA, None),
+        ("Kronecker sums", bench.budget(share, low_rank_only), DATA, None),
+        ("low rank", kronecker_only(plan), DATA, None),
+    ]
+
+
+def measured(bench: Bench, jobs: list[Job]) -> list[dict[str, Any]]:
+    """A row a job, printed as they come."""
     rows = []
-    for off in (None, "sequential", "bias", "centred", "gradients"):
-        options = DataOptions(**{off: False}) if off else DataOptions()
-        rows.append({"without": off or "nothing", **bench.measure(plan, DATA, options)})
-        print(f"without {rows[-1]['without']:12} {rows[-1]['perplexity']:10.2f}", flush=True)
+    for name, plan, init, options in jobs:
+        rows.append({"name": name, **bench.measure(plan, init, options)})
+        show(rows[-1])
     return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row."""
+    texts = "  ".join(f"{t} {row[t]['against_dense']:10.3f}x" for t in ("topics", "docstrings"))
+    print(f"{row['name']:24} {texts}  {row['share']:.4f}  {row['seconds']:6.1f} s", flush=True)
+
+
+def plain(candidate: Candidate) -> Candidate | None:
+    """The same candidate in the ordinary form, unless it is dearer than the dense matrix."""
+    if not candidate.groups:
+        return candidate
+    groups = tuple(replace(g, interpolative=False) for g in candidate.groups)
+    cost = sum(g.parameters for g in groups)
+    m, n = groups[0].shape
+    return replace(candidate, groups=groups, parameters=cost) if cost < m * n else None
+
+
+def low_rank_only(candidate: Candidate) -> Candidate | None:
+    """The candidate if it has no Kronecker sum."""
+    return candidate if all(is_low_rank(g) for g in candidate.groups) else None
+
+
+def kronecker_only(plan: krony.Plan) -> krony.Plan:
+    """The same parameters for each matrix, all of them in one balanced sum."""
+    matrices = [
+        replace(m, groups=(sized(*balanced_shapes(m.shape), m.parameters / m.dense_parameters),))
+        for m in plan.matrices
+    ]
+    return krony.Plan(tuple(matrices))
 
 
 def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
@@ -172,7 +251,9 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
         )
         plan = low_rank_plan(bench.targets, ranks)
         row = bench.measure(plan, DATA, DataOptions(sequential=False))
-        points.append({"predicted": harm, "measured": float(np.log(row["against_dense"]))})
+        points.append(
+            {"predicted": harm, "measured": float(np.log(row["topics"]["against_dense"]))}
+        )
     correlation = spearmanr([p["predicted"] for p in points], [p["measured"] for p in points])
     print(f"rank correlation over {plans} plans: {correlation.statistic:.3f}", flush=True)
     return {"spearman": float(correlation.statistic), "points": points}
@@ -196,14 +277,14 @@ def main() -> None:
         "environment": evaluate.environment(),
         "seed": 0,
         "calibration": f"python-docstrings, {len(bench.windows)} windows of 256 tokens",
-        "dense": bench.dense.to_dict(),
+        "dense": {name: found.to_dict() for name, found in bench.dense.items()},
     }
-    print(f"dense {bench.dense.perplexity:.3f}")
+    print({name: round(found.perplexity, 3) for name, found in bench.dense.items()})
     runs: dict[str, Callable[[], Any]] = {
         "prediction": lambda: prediction(bench, arguments.plans),
-        "quarter": lambda: methods(bench, 0.25),
-        "half": lambda: methods(bench, 0.5),
-        "ablation_quarter": lambda: ablation(bench, 0.25),
+        "quarter": lambda: measured(bench, methods(bench, 0.25)),
+        "half": lambda: measured(bench, methods(bench, 0.5)),
+        "ablation_quarter": lambda: measured(bench, ablation(bench, 0.25)),
     }
     for part in arguments.parts:
         record[part] = runs[part]()

@@ -73,6 +73,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--evaluate-every", type=int, default=200)
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="for CPUs that only emulate bfloat16: no autocast, and AdamW for the matrices too, "
+        "since Muon's own steps are in bfloat16",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-export", action="store_true", help="for trials of settings")
     args = parser.parse_args()
@@ -195,7 +201,9 @@ class Windows:
         return torch.from_numpy(rows.astype(np.int64))
 
 
-def mean_loss(model: torch.nn.Module, stream: np.ndarray, windows: int | None = None) -> float:
+def mean_loss(
+    model: torch.nn.Module, stream: np.ndarray, windows: int | None = None, half: bool = False
+) -> float:
     """Return the nats per predicted token over windows of 256 at stride 256."""
     starts = range(0, len(stream) - 1, WINDOW)[:windows]
     total, count = 0.0, 0
@@ -209,7 +217,7 @@ def mean_loss(model: torch.nn.Module, stream: np.ndarray, windows: int | None = 
             for group in filter(None, groups):
                 ids = torch.from_numpy(np.stack(group).astype(np.int64))
                 predictions = ids.numel() - len(group)
-                with torch.autocast("cpu", torch.bfloat16, enabled=windows is not None):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
                     loss = model(input_ids=ids, labels=ids).loss
                 total += float(loss) * predictions
                 count += predictions
@@ -258,7 +266,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": new_gpt2, "llama":
 
 
 def optimisers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
+    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases.
+
+    In float32, AdamW for all.
+    """
     matrices: list[torch.nn.Parameter] = []
     embeddings: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
@@ -267,6 +278,13 @@ def optimisers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.o
             matrices.append(parameter)
         else:
             (embeddings if parameter.ndim == 2 else vectors).append(parameter)
+    groups = [
+        {"params": embeddings, "weight_decay": 0.01},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    decay = {"params": matrices, "weight_decay": 0.05}
+    if args.float32:
+        return [_adam([decay, *groups], args.adam_lr)]
     muon = torch.optim.Muon(
         matrices,
         lr=args.muon_lr,
@@ -277,12 +295,11 @@ def optimisers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.o
         # The other rule depends on which side is the output, which Conv1D has transposed.
         adjust_lr_fn="match_rms_adamw",
     )
-    groups = [
-        {"params": embeddings, "weight_decay": 0.01},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
-    return [muon, adam]
+    return [muon, _adam(groups, args.adam_lr)]
+
+
+def _adam(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
 def learning_rate_factor(step: int, progress: float, warmup: int) -> float:
@@ -382,8 +399,9 @@ def report(args: argparse.Namespace, data: Path, state: dict[str, Any]) -> None:
     content = {
         "final": final,
         "evaluation": "exported float16 weights run in float32; windows of 256 at stride 256",
-        "curve_evaluation": "first 160 windows of validation and 96 of topics, in bfloat16: "
-        "cheaper, and over other text than the final figures",
+        "curve_evaluation": "first 160 windows of validation and 96 of topics, in "
+        f"{'float32' if args.float32 else 'bfloat16'}: cheaper, and over other text than the "
+        "final figures",
         "parameters": model.num_parameters(),
         "steps": state["step"],
         "tokens_seen": tokens,
@@ -391,10 +409,10 @@ def report(args: argparse.Namespace, data: Path, state: dict[str, Any]) -> None:
         "tokens_per_second": round(tokens / state["seconds"]),
         "time_limit_minutes": args.minutes if math.isfinite(args.minutes) else None,
         "batch_windows": args.batch,
-        "learning_rates": {"muon": args.muon_lr, "adamw": args.adam_lr},
+        "learning_rates": {"muon": None if args.float32 else args.muon_lr, "adamw": args.adam_lr},
         "seed": args.seed,
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": "2 CPU cores, AVX-512 BF16",
+        "hardware": f"{args.threads} CPU threads, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -426,6 +444,7 @@ def main() -> None:
     batches = Windows(streams["train"], args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(streams['train']):,} tokens", flush=True)
 
+    half = not args.float32
     model.train()
     exported, last_save = False, time.monotonic()
     recent: list[float] = []
@@ -437,8 +456,8 @@ def main() -> None:
                 "step": state["step"],
                 "tokens": state["step"] * args.batch * WINDOW,
                 "train_loss": round(sum(recent) / len(recent), 4),
-                "validation_loss": round(mean_loss(model, streams["validation"], 160), 4),
-                "topics_loss": round(mean_loss(model, streams["topics"], 96), 4),
+                "validation_loss": round(mean_loss(model, streams["validation"], 160, half), 4),
+                "topics_loss": round(mean_loss(model, streams["topics"], 96, half), 4),
                 "seconds": round(state["seconds"], 1),
             }
             recent = []
@@ -456,11 +475,12 @@ def main() -> None:
             break
         began = time.monotonic()
         factor = learning_rate_factor(state["step"], progress, args.warmup)
-        for optim, rate in zip(optims, (args.muon_lr, args.adam_lr), strict=True):
+        rates = (args.adam_lr,) if args.float32 else (args.muon_lr, args.adam_lr)
+        for optim, rate in zip(optims, rates, strict=True):
             for group in optim.param_groups:
                 group["lr"] = rate * factor
         ids = batches(state["step"])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

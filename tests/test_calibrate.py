@@ -9,9 +9,10 @@ from helpers import FAMILIES, logits, tiny
 from krony import Factors, KroneckerLinear, KronyError, MatrixPlan, Plan, compress, make_plan
 from krony import budget as budgets
 from krony import calibrate as calibration
-from krony.budget import Candidate, choose, make_budget_plan
-from krony.families import dense_weight, find_targets
-from krony.sequential import DataOptions
+from krony.budget import make_budget_plan
+from krony.families import blocks, dense_weight, find_targets
+from krony.limits import Candidate, choose, parse_count
+from krony.sequential import DataOptions, _writes_the_stream
 
 WINDOWS = torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -83,6 +84,22 @@ def test_predicted_harm_is_the_divergence_for_small_errors():
     assert metric.harm(delta) == pytest.approx(real, rel=0.25)
 
 
+def test_the_product_in_blocks_is_the_product():
+    generator = torch.Generator().manual_seed(0)
+    for width in (5, 768, 1000):
+        x = torch.randn(40, width, generator=generator)
+        found = calibration.gram(x)
+        torch.testing.assert_close(found, (x.T @ x).double(), rtol=1e-5, atol=1e-4)
+        assert torch.equal(found, found.T)
+
+
+def test_wide_logits_go_through_one_window_at_a_time(gpt2):
+    assert calibration.windows_at_once(gpt2, 16) == calibration.MOST_WINDOWS
+    gpt2.config.vocab_size = 50257
+    assert calibration.windows_at_once(gpt2, 1024) == 1
+    assert calibration.windows_at_once(gpt2, 512) == 2
+
+
 def test_few_tokens_warn_with_the_number_needed(gpt2):
     found = calibration.calibrate(gpt2, WINDOWS[:2], names(gpt2), gradients=False)
     with pytest.warns(UserWarning, match="32 calibration tokens are few for 128 .* at least 2560"):
@@ -105,7 +122,7 @@ def test_data_beats_van_loan_on_its_own_measure(family):
     assert 0 < errors["data"] < errors["van-loan"]
 
 
-@pytest.mark.parametrize("off", ["sequential", "bias", "centred", "gradients"])
+@pytest.mark.parametrize("off", ["sequential", "bias", "centred", "gradients", "residual"])
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_every_ingredient_can_be_switched_off_and_changes_the_factors(off):
     plan = make_plan(tiny("gpt2"), small=(4, 4), terms=2)
@@ -127,16 +144,45 @@ def test_enough_terms_leave_the_model_as_it_was(gpt2):
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_the_bias_removes_the_mean_error_exactly(gpt2):
-    """On the calibration text, the last matrix's mean output is that of the dense model."""
-    name = "transformer.h.1.mlp.c_proj"
-    with calibration.captured({name: gpt2.get_submodule(name)}, True) as seen, torch.no_grad():
-        gpt2(input_ids=WINDOWS)
-    goal = seen[name].double().mean((0, 1))
+    """On the calibration text, what the last block leaves has the mean of the dense model."""
+    name = "transformer.ln_f"
+    goal = inputs_of(gpt2, name).mean(0)
     plan = make_plan(gpt2, small=(8, 8), terms=2)
     compress(gpt2, plan, init="data", calibration=WINDOWS)
-    with calibration.captured({name: gpt2.get_submodule(name)}, True) as seen, torch.no_grad():
-        gpt2(input_ids=WINDOWS)
-    torch.testing.assert_close(seen[name].double().mean((0, 1)), goal, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inputs_of(gpt2, name).mean(0), goal, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "writers"), [("gpt2", 1), ("llama", 1), ("gpt_neox", 2)])
+def test_the_matrices_that_write_the_residual_stream_are_found(family, writers):
+    """The MLP's last one; in GPT-NeoX's parallel blocks attention's too, but not in others."""
+    model = tiny(family)
+    ((_, _, block), *_) = blocks(model)
+    stream = calibration.BlockStream(model, [block], WINDOWS, 4)
+    linear = [
+        name for name, m in block.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2
+    ]
+    with torch.no_grad():
+        found = [
+            name
+            for name in linear
+            if _writes_the_stream(stream, 0, block, stream.hidden[0], [name])
+        ]
+    assert len(found) == writers
+    assert any(name.endswith(("mlp.c_proj", "down_proj", "4h_to_h")) for name in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+def test_later_matrices_make_up_for_the_error_of_earlier_ones(gpt2):
+    """The last block's output comes closer to the dense model's than without the ingredient."""
+    reference = inputs_of(gpt2, "transformer.ln_f")
+    plan = make_plan(gpt2, small=(8, 8), terms=6)
+    errors = []
+    for residual in (True, False):
+        model = tiny("gpt2")
+        options = DataOptions(residual=residual, gradients=False)
+        compress(model, plan, init="data", calibration=WINDOWS, options=options)
+        errors.append(float((inputs_of(model, "transformer.ln_f") - reference).norm()))
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -160,9 +206,9 @@ def test_half_precision_models_are_fitted_in_float32():
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_a_matrix_outside_of_the_blocks_is_refused():
-    model = tiny("llama")
-    plan = make_plan(model, shape=(48, 16), target="lm_head")
-    with pytest.raises(KronyError, match="lm_head is outside of the model's blocks"):
+    model = tiny("opt", word_embed_proj_dim=16)
+    plan = make_plan(model, small=(2, 2), target="*.project_in")
+    with pytest.raises(KronyError, match="project_in is outside of the model's blocks"):
         compress(model, plan, init="data", calibration=WINDOWS)
 
 
@@ -196,7 +242,7 @@ def test_the_knapsack_is_exact_and_within_its_budget(seed):
     rows = candidates(seed)
     least = sum(row[0].parameters for row in rows)
     for budget in (least, least + 30, least + 120):
-        chosen = choose(rows, budget, "size")
+        chosen = choose(rows, {"parameters": budget})
         assert sum(c.parameters for c in chosen) <= budget
         best = min(
             sum(c.harm for c in pick)
@@ -210,7 +256,7 @@ def test_a_budget_below_the_least_is_refused():
     rows = candidates(0)
     least = sum(row[0].parameters for row in rows)
     with pytest.raises(KronyError, match=f"smallest factors take {least}"):
-        choose(rows, least - 1, "size")
+        choose(rows, {"parameters": least - 1})
 
 
 def test_the_budget_goes_where_the_harm_is():
@@ -260,7 +306,7 @@ def test_parameters_of_the_whole_model_and_throughput():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({}, "not both"),
+        ({}, "give a budget"),
         ({"share": 0.5, "parameters": 100}, "not both"),
         ({"share": 1.5}, "a budget of 1.5 is no share"),
         ({"parameters": 10}, "a model of 10 parameters can't be"),
@@ -273,10 +319,10 @@ def test_budgets_that_cannot_be(gpt2, wrong, message):
 
 
 def test_counts_are_read():
-    assert budgets.parse_count("81M") == 81_000_000
-    assert budgets.parse_count("81972576") == 81_972_576
+    assert parse_count("81M") == 81_000_000
+    assert parse_count("81972576") == 81_972_576
     with pytest.raises(KronyError, match="write for example 81M"):
-        budgets.parse_count("many")
+        parse_count("many")
 
 
 def test_mixed_groups_are_fitted_on_data(gpt2):

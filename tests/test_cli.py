@@ -116,6 +116,24 @@ def test_plan_file_and_compress_with_it(run, tmp_path):
     assert model.transformer.h[3].mlp.c_fc.groups[0].scalars.shape == (2,)
 
 
+def test_flops_over_a_list_of_targets(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Return the number of elements in the list, or None if it is empty.\n" * 300)
+    code, out, err = run(
+        "compress", "demo", tmp_path / "out", "--flops", 0.5, "--objective", "throughput",
+        "--target", "embedding,*.h.0.mlp.c_fc", "--calibration", text, "--windows", 8,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "What it costs: 2 x low rank" in out
+    line = next(line for line in out.splitlines() if line.startswith("multiply-adds a token"))
+    share = float(line.split()[-2])
+    assert 40 < share <= 50
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.groups[0].small is model.transformer.wte.groups[0].small
+    code, out, _ = run("info", tmp_path / "out")
+    assert "transformer.wte" in out
+
+
 def test_generate(compressed, run):
     code, out, _ = run("generate", compressed, "Return the", "--max-new-tokens", 5)
     assert code == 0
@@ -199,13 +217,37 @@ BAD = {
         ["compress", "demo", "{dst}", "--budget", "0.2", "--terms", "3"],
         "finds its own terms",
     ),
+    "objective without a budget": (
+        ["compress", "demo", "{dst}", "--small", "2x2", "--objective", "decode"],
+        "an objective needs a budget",
+    ),
+    "flops and throughput": (
+        [
+            "compress",
+            "demo",
+            "{dst}",
+            "--budget",
+            "0.2",
+            "--flops",
+            "0.5",
+            "--objective",
+            "throughput",
+            "--calibration",
+            "{long}",
+        ],
+        "leave out --flops",
+    ),
+    "embedding that does not divide": (
+        ["plan", "demo", "--small", "3x3", "--target", "embedding"],
+        "no divisor",
+    ),
     "size that is no count": (
         ["compress", "demo", "{dst}", "--params", "few"],
         "write for example 81M",
     ),
     "budget too small": (
-        ["compress", "demo", "{dst}", "--params", "1M", "--calibration", "{long}"],
-        "a model of 1,000,000 parameters can't be",
+        ["compress", "demo", "{dst}", "--params", "1k", "--calibration", "{long}"],
+        "a model of 1,000 parameters can't be",
     ),
     "plan is no plan": (["compress", "demo", "{dst}", "--plan", "{short}"], "the plan is not JSON"),
     "no tokenizer": (["generate", "{nan}", "Hello"], "has no tokenizer"),

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        # One candidate instead of five, and rough fits: a minute less.
-        patch.setattr(budget, "KRONECKER_SHARES", (0.3,))
-        patch.setattr(budget, "PRICING_STEPS", 2)
+        # Few candidates, and rough fits: a minute less.
+        patch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
+        patch.setattr(budget, "PRICING_STEPS", 1)
         patch.setattr(fit, "STEPS", 4)
         torch.set_num_threads(2)
         yield folder, demo.run(folder / "out", characters=12_000, windows=16)

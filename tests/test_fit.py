@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krony import Factors, fit
-from krony.kron import to_dense
+from krony.kron import to_dense, van_loan
 
 M, N = 24, 16
 
@@ -76,8 +76,6 @@ def test_without_gradients_low_rank_is_the_whitened_svd(weight):
 def test_in_the_identity_metric_kronecker_is_van_loan(weight):
     eye = fit.Metric(torch.eye(M, dtype=torch.float64), torch.eye(N, dtype=torch.float64))
     pairs, history = fit.groups(weight, eye, (KRONECKER,))
-    from krony.kron import van_loan
-
     expected = to_dense(*van_loan(weight, KRONECKER.small, KRONECKER.large, 3))
     torch.testing.assert_close(dense(pairs), expected, rtol=1e-6, atol=1e-6)
     assert history[-1] == pytest.approx(history[0])
@@ -113,7 +111,7 @@ def test_the_harm_never_rises_and_is_that_of_the_result(weight, metric, shapes):
 
 
 def test_the_gradient_vanishes_at_convergence(weight, metric):
-    start = [fit._van_loan(weight, KRONECKER)]
+    start = [van_loan(weight, *KRONECKER.sides, KRONECKER.terms)]
     ((outer, inner),), history = fit.refine(weight, metric, start, steps=300, tolerance=0.0)
     outer, inner = outer.clone().requires_grad_(), inner.clone().requires_grad_()
     error = weight - to_dense(outer, inner)
@@ -121,6 +119,33 @@ def test_the_gradient_vanishes_at_convergence(weight, metric):
     size = history[-1] / float(outer.detach().norm())
     assert float(outer.grad.abs().max()) < 1e-3 * size
     assert float(inner.grad.abs().max()) < 1e-3 * size
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, N])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_the_best_low_rank_leaves_and_its_gradient(weight, metric, rank, turned):
+    if turned:  # wide instead of tall
+        weight, metric = weight.T, fit.Metric(metric.inputs, metric.outputs)
+    harm, gradient = metric.rest(weight, rank)
+    left = weight
+    if rank:
+        columns, rows = fit.low_rank(weight, metric, rank)
+        left = weight - columns @ rows
+    assert float(harm) == pytest.approx(metric.harm(left), abs=1e-9)
+    direction = torch.randn(weight.shape, generator=generator(8), dtype=torch.float64)
+    step = 1e-5 * direction
+    slope = (metric.rest(weight + step, rank)[0] - metric.rest(weight - step, rank)[0]) / 2e-5
+    expected = float((gradient * direction).sum())
+    assert float(slope) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_low_rank_group_frees_the_others_of_stiff_directions(weight, metric):
+    """One direction a thousand times heavier than all others: one rank takes it whole."""
+    heavy = 1e3 * torch.outer(weight[:, 0], weight[0])
+    shapes = (low_rank(1), KRONECKER)
+    alone = fit.groups(weight, metric, (KRONECKER,))[1][-1]
+    assert fit.groups(weight + heavy, metric, shapes)[1][-1] < alone
+    assert fit.groups(weight + heavy, metric, (KRONECKER,))[1][-1] > 10 * alone
 
 
 def test_two_groups_beat_either_alone_at_its_own_size(weight, metric):

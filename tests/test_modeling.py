@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,26 @@ def test_mixed_groups_travel(tmp_path):
     compress(model, plan)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_the_interpolative_form_travels_trains_and_folds(tmp_path):
+    groups = (Factors((16, 4), (8, 8), 20, "large-outer", interpolative=True),)
+    plan = Plan((MatrixPlan("transformer.h.0.mlp.c_fc", (128, 32), groups, conv1d=True),))
+    plain = Plan((replace(plan.matrices[0], groups=(replace(groups[0], interpolative=False),)),))
+    model, same = compress(tiny("gpt2"), plan), compress(tiny("gpt2"), plain)
+    torch.testing.assert_close(logits(model), logits(same))
+    assert same.num_parameters() - model.num_parameters() == 20**2
+    model.save_pretrained(tmp_path / "factored")
+    again = load(tmp_path / "factored")
+    assert torch.equal(logits(again), logits(model))
+    torch.testing.assert_close(logits(torch.compile(again, backend="eager")), logits(model))
+    half = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "factored", dtype=torch.bfloat16)
+    assert half.transformer.h[0].mlp.c_fc.groups[0].order.dtype == torch.int32
+    ids = torch.arange(20).reshape(2, 10)
+    again.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in again.parameters())
+    again.eval().dequantize()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_the_factored_model_is_an_ordinary_trainable_model(tmp_path):

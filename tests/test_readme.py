@@ -9,7 +9,7 @@ import pytest
 
 import krony
 from krony import budget, cli_heal, data, docstrings, fit
-from krony.budget import parse_count
+from krony.limits import parse_count
 from krony.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -22,11 +22,11 @@ def blocks(language: str) -> list[str]:
 
 def test_commands_run_in_order(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The head of the text, one candidate instead of five, rough fits: the commands still run.
+    # The head of the text, few candidates, rough fits: the commands still run.
     full = data.TEXTS["python-docs"]("python-docs")
     head = data.Text(full.name, full.text[:20_000], full.origin)
-    monkeypatch.setattr(budget, "KRONECKER_SHARES", (0.3,))
-    monkeypatch.setattr(budget, "PRICING_STEPS", 2)
+    monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
+    monkeypatch.setattr(budget, "PRICING_STEPS", 1)
     monkeypatch.setattr(fit, "STEPS", 4)
     monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
     # A step of healing instead of five hundred, on a few docstrings.

@@ -11,7 +11,7 @@ from krony.errors import KronyError
 from krony.evaluate import perplexity
 from krony.factorise import INITS, compress
 from krony.heal import HealConfig, HealRecord, heal
-from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
 from krony.schemes import SCHEMES, Factors
@@ -28,6 +28,7 @@ __all__ = [
     "HealConfig",
     "HealRecord",
     "KroneckerConfig",
+    "KroneckerEmbedding",
     "KroneckerGroup",
     "KroneckerLinear",
     "KronyError",

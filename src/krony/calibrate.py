@@ -22,6 +22,30 @@ TOKENS_PER_DIMENSION = 20
 SELF = "self"
 
 
+GRAM_SIDE = 768  # of the blocks in which a product that is symmetric is computed
+LOGIT_BYTES = 2**28  # of one batch; the backward pass holds about six times that
+MOST_WINDOWS = 8
+
+
+def gram(x: Tensor) -> Tensor:
+    """xᵀ x of (T, n) in float64 on the CPU: products in x's own dtype, the lower half mirrored."""
+    n = x.shape[1]
+    if n <= GRAM_SIDE:
+        return (x.T @ x).double().cpu()
+    made = torch.empty(n, n, dtype=torch.float64)
+    for start in range(0, n, GRAM_SIDE):
+        part = slice(start, start + GRAM_SIDE)
+        made[part, start:] = (x[:, part].T @ x[:, start:]).double().cpu()
+        made[start:, part] = made[part, start:].T
+    return made
+
+
+def windows_at_once(model: PreTrainedModel, window: int) -> int:
+    """How many windows go through the model together: as many as their logits have room for."""
+    logits = 4 * window * model.config.get_text_config().vocab_size
+    return max(1, min(MOST_WINDOWS, LOGIT_BYTES // logits))
+
+
 @dataclass
 class Inputs:
     """Moments of the inputs x (n) of a matrix, summed over tokens in float64."""
@@ -40,7 +64,7 @@ class Inputs:
         """Add a block of tokens (..., n): products in its own dtype, the sum in float64."""
         x = x.detach().reshape(-1, x.shape[-1])
         self.total += x.sum(0, dtype=torch.float64).cpu()
-        self.square += (x.T @ x).double().cpu()
+        self.square += gram(x)
         self.tokens += len(x)
 
     @property
@@ -161,7 +185,7 @@ def calibrate(
     names: list[str],
     *,
     gradients: bool = True,
-    batch: int = 8,
+    batch: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Moments]:
@@ -174,7 +198,9 @@ def calibrate(
     Args:
         windows: token ids, (windows, window).
         gradients: also collect E[g gᵀ]; costs a backward pass.
+        batch: windows at once; default: by the size of their logits.
     """
+    batch = batch or windows_at_once(model, windows.shape[1])
     found: dict[str, Moments] = {}
     # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
     shared: dict[int, tuple[Tensor, Inputs]] = {}
@@ -210,7 +236,7 @@ def calibrate(
                 embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
             if gradients:
-                _sampled_loss(logits, generator).backward()
+                sampled_loss(logits, generator).backward()
             if start == 0:
                 shared.clear()
             if progress is not None:
@@ -226,11 +252,11 @@ def calibrate(
 def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     flat = gradient.reshape(-1, gradient.shape[-1])
     assert entry.gradient_square is not None
-    entry.gradient_square += (flat.T @ flat).double().cpu()
+    entry.gradient_square += gram(flat)
     entry.tokens += len(flat)
 
 
-def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Sum over tokens of -log p(label), labels drawn from p itself."""
     logs = logits.float().log_softmax(-1).flatten(0, 1)
     drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)

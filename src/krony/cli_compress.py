@@ -7,19 +7,20 @@ from typing import Annotated, Any
 import transformers
 import typer
 
-from krony import budget, calibrate, checkpoints, info, tables
+from krony import calibrate, checkpoints, info, limits, tables
+from krony.budget import make_budget_plan
 from krony.cli_options import Destination, DtypeOption, JsonFile, Source, out, progress_bar
 from krony.errors import KronyError
 from krony.factorise import DATA, INITS, compress
+from krony.families import SETS
 from krony.kron import LAYOUTS
 from krony.plan import Plan, make_plan, parse_layers, parse_shape
 
 Init = StrEnum("Init", {name: name for name in (*INITS, DATA)})  # type: ignore[misc]
-ObjectiveName = StrEnum("ObjectiveName", {o: o for o in budget.OBJECTIVES})  # type: ignore[misc]
+ObjectiveName = StrEnum("ObjectiveName", {o: o for o in limits.OBJECTIVES})  # type: ignore[misc]
 LayoutName = StrEnum("LayoutName", {name: name for name in LAYOUTS})  # type: ignore[misc]
 
 DEFAULT_LAYOUT, DEFAULT_INIT = LayoutName(LAYOUTS[0]), Init("van-loan")
-DEFAULT_OBJECTIVE = ObjectiveName(budget.OBJECTIVES[0])
 
 Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
 ShapeText = Annotated[
@@ -31,7 +32,12 @@ SmallText = Annotated[
 Terms = Annotated[int, typer.Option(help="Kronecker products that are summed.")]
 Scalars = Annotated[bool, typer.Option("--scalars", help="A learnable scalar per term.")]
 Layers = Annotated[str | None, typer.Option(help="Blocks to change: 0,2-5. Default: all.")]
-TargetText = Annotated[str, typer.Option(help="mlp, attention, all, or a pattern of module names.")]
+TargetText = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Of {', '.join(SETS)}, or patterns of module names, by commas. Default: mlp."
+    ),
+]
 LayoutOption = Annotated[
     LayoutName, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
 ]
@@ -45,7 +51,7 @@ def plan_command(
     terms: Terms = 1,
     scalars: Scalars = False,
     layers: Layers = None,
-    target: TargetText = "mlp",
+    target: TargetText = None,
     layout: LayoutOption = DEFAULT_LAYOUT,
     json_file: JsonFile = None,
 ) -> None:
@@ -54,6 +60,7 @@ def plan_command(
     plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
     out.print(tables.plan_table(plan))
     out.print(tables.saving(info.parameters(model), plan))
+    out.print(tables.costs_table(plan, (), model.dtype))
     if json_file is not None:
         checkpoints.write_text(json_file, plan.to_json())
         out.print(f"Wrote {json_file}")
@@ -68,7 +75,7 @@ def compress_command(
     terms: Terms = 1,
     scalars: Scalars = False,
     layers: Layers = None,
-    target: TargetText = "mlp",
+    target: TargetText = None,
     layout: LayoutOption = DEFAULT_LAYOUT,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
     share: Annotated[
@@ -78,9 +85,13 @@ def compress_command(
     params: Annotated[
         str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
     ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
+    ] = None,
     objective: Annotated[
-        ObjectiveName, typer.Option(help="What a budget counts: parameters, or multiply-adds.")
-    ] = DEFAULT_OBJECTIVE,
+        ObjectiveName | None,
+        typer.Option(help="What else gets that share: decode (time a token), throughput (flops)."),
+    ] = None,
     init: Annotated[
         Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
     ] = None,
@@ -93,37 +104,42 @@ def compress_command(
 ) -> None:
     """Factor a model and write it to a directory that from_pretrained loads."""
     checkpoints.check_destination(destination)
-    budgeted, shaped = share is not None or params is not None, scheme or shape or small
+    budgeted = any(b is not None for b in (share, params, flops))
+    shaped = scheme or shape or small
     if (plan_file is not None) + budgeted + bool(shaped) > 1:
         raise KronyError(
             "give a plan, a budget, or a scheme, shape or small shape, not two of them"
         )
     if budgeted and (terms != 1 or scalars or layers is not None):
         raise KronyError("a budget finds its own terms and layers; leave those options out")
-    parameters = budget.parse_count(params)
+    if objective is not None and not budgeted:
+        raise KronyError("an objective needs a budget: --budget, --params or --flops")
+    parameters = limits.parse_count(params)
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
     method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
-    tokens = moments = expected = None
+    tokens = found = None
     if budgeted or method == DATA:
         tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
     if budgeted and tokens is not None:
         with progress_bar() as bar:
             task = bar.add_task("Planning", total=None)
-            found = budget.make_budget_plan(
+            found = make_budget_plan(
                 model,
                 tokens,
                 share=share,
                 parameters=parameters,
-                target=target,
-                objective=objective.value,
+                flops=flops,
+                # A size for the whole model leaves it open where to save.
+                target=target or ("mlp" if params is None else "everything"),
+                objective=objective.value if objective else "size",
                 seed=seed,
                 progress=lambda what, i, n: bar.update(
                     task, description=what, completed=i, total=n
                 ),
             )
-        plan, moments, expected = found.plan, found.moments, found.harm
+        plan = found.plan
         out.print(tables.plan_table(plan))
     elif plan_file is not None:
         plan = Plan.read(plan_file)
@@ -137,15 +153,16 @@ def compress_command(
             init=method,
             seed=seed,
             calibration=tokens,
-            moments=moments,
+            moments=found.moments if found else None,
             progress=lambda *_: bar.advance(task),
         )
     if dtype is not None:
         model.to(checkpoints.DTYPES[dtype.value])  # type: ignore[arg-type]
     checkpoints.save_model(model, destination, tokenizer)
     out.print(tables.saving(before, plan))
-    if expected is not None:
-        out.print(f"Predicted harm of this plan: {expected:.4f} nats a token.")
+    out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
+    if found is not None:
+        out.print(f"Predicted harm of this plan: {found.harm:.4f} nats a token.")
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
 
 
@@ -157,7 +174,7 @@ def _plan(
     terms: int,
     scalars: bool,
     layers: str | None,
-    target: str,
+    target: str | None,
     layout: Any,
 ) -> Plan:
     return make_plan(
@@ -168,6 +185,6 @@ def _plan(
         terms=terms,
         scalars=scalars,
         layers=parse_layers(layers),
-        target=target,
+        target=target or "mlp",
         layout=layout.value,
     )

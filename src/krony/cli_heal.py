@@ -14,11 +14,11 @@ from accelerate import PartialState
 from krony import blocks as blocks_module
 from krony import checkpoints, curves, evaluate
 from krony.blocks import SELF, Blocks
-from krony.budget import parse_count
 from krony.calibrate import sample
 from krony.cli_options import Destination, Device, Source, err, out, progress_bar
 from krony.errors import KronyError
 from krony.heal import HealConfig, HealRecord, heal
+from krony.limits import parse_count
 from krony.modeling import config_of
 from krony.recipe import RECIPES
 

@@ -1,7 +1,8 @@
 """Initialisation: from a dense matrix to factors, and the in-place compression of a model."""
 
+import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,17 +11,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from krony import calibrate, kron
+from krony import calibrate, embedding, kron
 from krony.calibrate import Moments
+from krony.embedding import RowMetric
 from krony.errors import KronyError
-from krony.families import dense_weight
+from krony.families import Target, dense_weight, find_targets
 from krony.layers import KroneckerLinear
-from krony.modeling import KroneckerConfig, attach, build_layer, config_of
+from krony.modeling import Factored, KroneckerConfig, attach, build_layer, config_of, install
 from krony.plan import MatrixPlan, Plan
 from krony.schemes import Factors
 from krony.sequential import DataOptions, Fitted, fit_plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Known = Moments | RowMetric  # what calibration found out about one matrix
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def compress(
     init: str = "van-loan",
     seed: int = 0,
     calibration: Tensor | None = None,
-    moments: dict[str, Moments] | None = None,
+    moments: Mapping[str, Known] | None = None,
     options: DataOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
@@ -156,13 +159,14 @@ def compress(
     if before is not None:  # a second pass over other matrices adds to the first
         provenance["matrices"] = {**before.provenance.get("matrices", {}), **errors}
         plan = Plan(Plan.from_dict(before.plan).matrices + plan.matrices)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    for matrix in plan.matrices:
+        if matrix.name in layers:
+            install(model, matrix, layers[matrix.name])
     attach(model, KroneckerConfig(plan.to_dict(), provenance))
     return model
 
 
-Layers = dict[str, KroneckerLinear]
+Layers = dict[str, Factored]
 Errors = dict[str, dict[str, float]]
 
 
@@ -191,36 +195,85 @@ def _by_data(
     model: PreTrainedModel,
     plan: Plan,
     calibration: Tensor,
-    moments: dict[str, Moments] | None,
+    moments: Mapping[str, Known] | None,
     options: DataOptions,
     seed: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[Layers, Errors]:
     work = calibrate.full_precision(model)
+    ends = _ends(work, plan)
+    inner = Plan(tuple(m for m in plan.matrices if m.name not in ends))
     if moments is None:
-        names = [matrix.name for matrix in plan.matrices]
-        moments = calibrate.calibrate(
-            work, calibration, names, gradients=options.gradients, seed=seed
-        )
-    calibrate.check_tokens(moments)
-    fitted = fit_plan(work, plan, calibration, moments, _install, options, progress=progress)
+        names = [matrix.name for matrix in inner.matrices]
+        moments = collect(work, calibration, names, list(ends.values()), options.gradients, seed)
+    fitted: dict[str, tuple[Any, float]] = {}
+    embedded = None
+    for matrix in plan.matrices:
+        metric = moments[matrix.name]
+        if isinstance(metric, RowMetric):
+            module = work.get_submodule(matrix.name)
+            weight = dense_weight(module).detach().double().cpu()
+            pairs, harm = embedding.factors(weight, metric, matrix.groups)
+            layer = _install(module, matrix, Fitted(pairs, None, harm))
+            fitted[matrix.name] = layer, harm
+            if matrix.embedding and options.sequential:
+                embedded = copy.deepcopy(work)
+                install(embedded, matrix, copy.deepcopy(layer))
+            if progress is not None:
+                progress(matrix.name, len(fitted), len(plan.matrices))
+    if inner.matrices:
+        within = {n: m for n, m in moments.items() if isinstance(m, Moments)}
+        calibrate.check_tokens(within)
+        found = fit_plan(
+            work, inner, calibration, within, _install, options,
+            progress=progress, embedded=embedded,
+        )  # fmt: skip
+        fitted |= {name: (layer, fit.harm) for name, (layer, fit) in found.items()}
     layers: Layers = {}
     errors: Errors = {}
     with torch.no_grad():
         for matrix in plan.matrices:
-            layer, fit = fitted[matrix.name]
-            assert isinstance(layer, KroneckerLinear)
+            layer, harm = fitted[matrix.name]
             module = model.get_submodule(matrix.name)
             weight = dense_weight(module)
             layers[matrix.name] = layer.to(weight.device, weight.dtype).train(module.training)
             errors[matrix.name] = {
                 **_measure(weight.detach().double(), layers[matrix.name]),
-                "harm": round(fit.harm, 8),
+                "harm": round(harm, 8),
             }
     return layers, errors
 
 
-def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> nn.Module:
+def collect(
+    model: PreTrainedModel,
+    windows: Tensor,
+    names: list[str],
+    ends: list[Target],
+    gradients: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Known]:
+    """What the data initialisation needs to know: of matrices in blocks, and of the ends."""
+    found: dict[str, Known] = {}
+    if ends:
+        found |= embedding.calibrate(model, windows, ends, seed=seed, progress=progress)
+    if names:
+        found |= calibrate.calibrate(
+            model, windows, names, gradients=gradients, seed=seed, progress=progress
+        )
+    return found
+
+
+def _ends(model: PreTrainedModel, plan: Plan) -> dict[str, Target]:
+    """The embedding and the untied output matrix, if they are planned: what no block holds."""
+    names, head = {m.name for m in plan.matrices}, model.get_output_embeddings()
+    modules = [model.get_submodule(name) for name in names]
+    if not any(m.embedding for m in plan.matrices) and not any(m is head for m in modules):
+        return {}
+    return {t.name: t for t in find_targets(model, "embedding") if t.name in names}
+
+
+def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> Factored:
     """The factored layer with the fitted factors and bias."""
     terms = [
         Terms.from_layout(factors, *pair)
@@ -228,7 +281,7 @@ def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> nn.Module
     ]
     with torch.no_grad():
         layer = _layer(module, matrix, terms)
-        if fitted.bias is not None:
+        if fitted.bias is not None and isinstance(layer, KroneckerLinear):
             layer.bias.copy_(fitted.bias)
     return layer
 
@@ -242,14 +295,15 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
             f"the plan names {matrix.name}, which {owner} does not have; near "
             f"names: {', '.join(near) or 'none'}"
         )
-    if isinstance(module, KroneckerLinear):
+    if isinstance(module, Factored):
         raise KronyError(
             f"{matrix.name} is factored already; fold the model to dense first "
             "(krony export --to dense)"
         )
-    if type(module) not in (nn.Linear, Conv1D):
+    if type(module) not in ((nn.Embedding,) if matrix.embedding else (nn.Linear, Conv1D)):
+        kind = "embedding" if matrix.embedding else "linear layer"
         raise KronyError(
-            f"{matrix.name} is a {type(module).__name__}, not a dense linear layer; compress the "
+            f"{matrix.name} is a {type(module).__name__}, not a dense {kind}; compress the "
             "model before it is quantised or adapted"
         )
     matrix.check()
@@ -268,17 +322,17 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
     return module
 
 
-def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> KroneckerLinear:
+def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> Factored:
     weight = dense_weight(module)
     layer = build_layer(matrix, weight.device, weight.dtype)
     for group, terms in zip(layer.groups, found, strict=True):
         group.set_factors(terms.large, terms.small, terms.scalars)  # type: ignore[operator]
-    if layer.bias is not None:
+    if isinstance(layer, KroneckerLinear) and layer.bias is not None:
         layer.bias.copy_(module.bias)  # type: ignore[arg-type]
     return layer.train(module.training)
 
 
-def _measure(weight: Tensor, layer: KroneckerLinear) -> dict[str, float]:
+def _measure(weight: Tensor, layer: Factored) -> dict[str, float]:
     """Relative Frobenius error and share of the norm kept, of the factors as they are stored."""
     dense, size = layer.to_dense(torch.float64), float(weight.norm()) or 1.0
     return {

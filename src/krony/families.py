@@ -20,9 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 from krony.errors import KronyError
 from krony.kron import Shape
-from krony.layers import KroneckerLinear
+from krony.layers import KroneckerEmbedding, KroneckerLinear
 
-Role = Literal["up", "down", "attention", "other"]
+Role = Literal["up", "down", "attention", "embedding", "head", "other"]
+# What --target can name: which roles each name stands for.
+SETS: dict[str, tuple[Role, ...]] = {
+    "mlp": ("up", "down"),
+    "attention": ("attention",),
+    "embedding": ("embedding", "head"),
+    "all": ("up", "down", "attention"),
+    "everything": ("up", "down", "attention", "embedding", "head"),
+}
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -33,11 +41,13 @@ class Target:
     Attributes:
         name: its module's name in the model.
         shape: (m, n) = (outputs, inputs), whatever way round the module stores it.
-        role: "up" writes an MLP's hidden axis (c_fc, gate, up), "down" reads it (c_proj, down).
+        role: "up" writes an MLP's hidden axis (c_fc, gate, up), "down" reads it (c_proj, down);
+            "embedding" is the input embedding, "head" an output matrix that is not tied to it.
         layer: the index of its block; None outside of blocks.
         hidden: width of the MLP's hidden axis for "up" and "down", else 0.
         conv1d: stored transposed, in a transformers `Conv1D`.
         bias: whether the module has a bias.
+        tied: an embedding that is the output matrix too.
     """
 
     name: str
@@ -47,10 +57,12 @@ class Target:
     hidden: int
     conv1d: bool
     bias: bool
+    tied: bool = False
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (m, n), outputs by inputs; a view, not a copy."""
+    """The weight of a linear layer as (m, n), outputs by inputs, or of an embedding as (tokens,
+    model); a view, not a copy."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -59,27 +71,59 @@ def find_targets(model: PreTrainedModel, target: str = "mlp") -> list[Target]:
     """The matrices of a model that `target` selects, in the model's own order.
 
     Args:
-        target: "mlp", "attention", "all" (both), or a pattern of module names with * and ?.
+        target: names and patterns, separated by commas: "mlp", "attention", "all" (both),
+            "embedding" (with the output matrix, tied or not), "everything" (all of these), or a
+            pattern of module names with * and ?, which finds linear layers.
     Raises:
         KronyError: nothing matches (with near names), or a match shares its weight with another
             module (a tied output matrix, say).
     """
-    if target in ("mlp", "attention", "all"):
-        everything = _block_targets(model)
-        roles = {"mlp": ("up", "down"), "attention": ("attention",)}
-        wanted = roles.get(target, ("up", "down", "attention"))
-        found = [t for t in everything if t.role in wanted]
+    found: dict[str, Target] = {}
+    for part in (p.strip() for p in target.split(",")):
+        chosen = _by_set(model, part) if part in SETS else _by_pattern(model, part)
+        found |= {t.name: t for t in chosen}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found.values(), key=lambda t: order[t.name])
+
+
+def _by_set(model: PreTrainedModel, name: str) -> list[Target]:
+    roles, found = SETS[name], []
+    if "up" in roles or "attention" in roles:
+        found += [t for t in _block_targets(model) if t.role in roles]
         if not found:
             if any(isinstance(m, KroneckerLinear) for m in model.modules()):
                 raise KronyError(
-                    f"the {target} matrices of this {type(model).__name__} are factored already; "
+                    f"the {name} matrices of this {type(model).__name__} are factored already; "
                     "fold it to dense first (krony export --to dense)"
                 )
             raise KronyError(
-                f"no {target} matrices were found in {type(model).__name__}; give a pattern of "
+                f"no {name} matrices were found in {type(model).__name__}; give a pattern of "
                 f"module names instead, for example {_example(model)!r}"
             )
-        return found
+    if "embedding" in roles:
+        found += _embedding_targets(model)
+    return found
+
+
+def _embedding_targets(model: PreTrainedModel) -> list[Target]:
+    """The input embedding, and the output matrix where it is one of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(module) is not nn.Embedding:
+        done = isinstance(module, KroneckerEmbedding)
+        reason = "factored already; fold it to dense first" if done else "no plain embedding"
+        raise KronyError(
+            f"the embedding of this {type(model).__name__} is a {type(module).__name__}, {reason}"
+        )
+    tied = head is not None and head.weight is module.weight
+    shape = (module.num_embeddings, module.embedding_dim)
+    found = [Target(names[id(module)], shape, "embedding", None, 0, False, False, tied)]
+    if head is not None and not tied and _is_linear(head):
+        found.append(replace(_target(names[id(head)], head), role="head"))
+    return found
+
+
+def _by_pattern(model: PreTrainedModel, target: str) -> list[Target]:
     known = {t.name: t for t in _block_targets(model)}
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     names = [name for name in linear if fnmatch.fnmatchcase(name, target)]
@@ -115,7 +159,9 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
     found: list[tuple[str, int, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
+        if isinstance(module, KroneckerEmbedding | KroneckerLinear):
+            inside += (name + ".",)  # groups of factors, of the embedding say, are no blocks
+        elif isinstance(module, nn.ModuleList) and not name.startswith(inside):
             inside += (name + ".",)
             found += [(f"{name}.{i}", i, block) for i, block in enumerate(module)]
     return found

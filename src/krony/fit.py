@@ -11,8 +11,10 @@ sides measures every matrix, every rank and every term in one currency, the loss
 
 The harm is a quadratic form in Ŵ. Low rank has a closed form: whiten both sides, truncate the SVD.
 Kronecker sums, and groups of different shapes, are refined together by L-BFGS from Van Loan: each
-step costs two products with G and C, and no normal matrix (of side R·m1·n1) is formed. Alternating
-least squares gets to the same place more slowly (docs/log.md).
+step costs a few products with G and C, and no normal matrix (of side R·m1·n1) is formed. A low-rank
+group beside them is not iterated: it always takes the best part of what the others leave, and the
+others are fitted to the rest (variable projection: Golub and Pereyra 1973). That also removes the
+few stiff directions that L-BFGS would spend its iterations on.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from krony.schemes import Factors
 Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
-STEPS = 20  # of ten L-BFGS iterations each; fewer where they gain little
+STEPS = 12  # of ten L-BFGS iterations each; fewer where they gain little
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
 
@@ -59,6 +61,27 @@ class Metric:
     def harm(self, delta: Tensor) -> float:
         """½ tr(G Δ C Δᵀ), in nats a token if G is the second moment of the loss gradients."""
         return 0.5 * float((self.apply(delta) * delta).sum())
+
+    def rest(self, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The harm of Δ less the best matrix of that rank, and the gradient with respect to Δ."""
+        if rank == 0:
+            image = self.apply(delta)
+            return 0.5 * (image * delta).sum(), image
+        left, right = self.roots
+        whitened = left.T @ delta @ right
+        tall = whitened.shape[0] >= whitened.shape[1]
+        gram = whitened.T @ whitened if tall else whitened @ whitened.T
+        top = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+        taken = (whitened @ top) @ top.T if tall else top @ (top.T @ whitened)
+        rest = whitened - taken
+        return 0.5 * rest.square().sum(), left @ rest @ right.T
+
+    def to(self, dtype: torch.dtype) -> "Metric":
+        """The same in another precision; the square roots are rounded, not taken anew."""
+        made = Metric(self.outputs.to(dtype), self.inputs.to(dtype))
+        left, right = self.roots
+        made.__dict__["roots"] = (left.to(dtype), right.to(dtype))
+        return made
 
 
 def ridged(matrix: Tensor, ridge: float) -> Tensor:
@@ -109,18 +132,23 @@ def refine(
     pairs: list[Pair],
     steps: int = STEPS,
     tolerance: float = 2e-3,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Pair], list[float]]:
     """Lower the harm of all groups together by L-BFGS from where they are.
 
     Args:
         pairs: (outer, inner) for each group, float64.
         steps: of ten iterations each; fewer if one gains less than `tolerance` of the harm.
+        rank: of the low-rank group that takes the best part of what these leave.
+        dtype: of the iterations; whether a step was one forward is judged in float64.
     Returns:
         The refined pairs, and the harm before the first and after each step, which never rises.
     """
-    factors = [p.contiguous().clone().requires_grad_() for pair in pairs for p in pair]
-    history = [metric.harm(weight - kron.sum_to_dense(pairs))]
+    factors = [p.to(dtype).contiguous().clone().requires_grad_() for pair in pairs for p in pair]
+    history = [float(metric.rest(weight - kron.sum_to_dense(pairs), rank)[0])]
     scale = history[0] or 1.0
+    rough, target = metric.to(dtype), weight.to(dtype)
     optimiser = torch.optim.LBFGS(
         factors,
         max_iter=10,
@@ -132,20 +160,21 @@ def refine(
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        error = weight - kron.sum_to_dense(_paired(factors))
+        error = target - kron.sum_to_dense(_paired(factors))
         with torch.no_grad():
-            image = metric.apply(error) / scale
-        error.backward(image)
-        return 0.5 * (image * error.detach()).sum()
+            harm, image = rough.rest(error, rank)
+        error.backward(image / scale)
+        return harm / scale
 
-    best = [f.detach().clone() for f in factors]
+    best = [p.clone() for pair in pairs for p in pair]
     for _ in range(steps if history[0] > 0 else 0):
         with torch.enable_grad():
             optimiser.step(closure)
-        harm = metric.harm(weight - kron.sum_to_dense(_paired([f.detach() for f in factors])))
+        now = [f.detach().double() for f in factors]
+        harm = float(metric.rest(weight - kron.sum_to_dense(_paired(now)), rank)[0])
         if not harm < history[-1]:  # converged to rounding: keep the best
             break
-        best = [f.detach().clone() for f in factors]
+        best = [f.clone() for f in now]
         history.append(harm)
         if history[-2] - harm <= tolerance * history[-2]:
             break
@@ -162,50 +191,51 @@ def is_low_rank(factors: Factors) -> bool:
 
 
 def groups(
-    weight: Tensor,
-    metric: Metric,
-    shapes: tuple[Factors, ...],
-    cycles: int = 3,
-    steps: int | None = None,
+    weight: Tensor, metric: Metric, shapes: tuple[Factors, ...], steps: int | None = None
 ) -> tuple[list[Pair], list[float]]:
     """Factors of least harm for every group of a matrix.
 
-    A low-rank group has its closed form given the others; the others start from Van Loan and are
-    refined together. Where there are both, the two are fitted in turn.
+    Low-rank groups have their closed form given the others; the others start from Van Loan of what
+    is left and are refined together. The iterations run in float32, which costs a third of
+    float64 and is what factors are stored in.
 
     Returns:
         (outer, inner) for each group, and the harm along the way, which never rises.
     """
     closed = [i for i, factors in enumerate(shapes) if is_low_rank(factors)]
     open_ = [i for i in range(len(shapes)) if i not in closed]
+    rank = min(sum(shapes[i].terms for i in closed), *weight.shape)
     found: dict[int, Pair] = {}
     history: list[float] = []
-    for _ in range(cycles if closed and open_ else 1):
-        if open_:
-            rest = _less(weight, found, closed)
-            start = [found.get(i) or _van_loan(rest, shapes[i]) for i in open_]
-            pairs, harms = refine(rest, metric, start, steps or STEPS)
-            found.update(zip(open_, pairs, strict=True))
-            history += harms
-        for i in closed:
-            rest = _less(weight, found, [j for j in found if j != i])
-            found[i] = _low_rank_pair(rest, metric, shapes[i])
-            history.append(metric.harm(_less(rest, found, [i])))
+    if open_:
+        rest = weight
+        if closed:
+            columns, rows = low_rank(weight, metric, rank)
+            rest = rest - columns @ rows
+        for i in open_:
+            found[i] = kron.van_loan(rest, *shapes[i].sides, shapes[i].terms)
+            rest = rest - kron.to_dense(*found[i])
+        start = [found[i] for i in open_]
+        pairs, history = refine(
+            weight, metric, start, steps or STEPS, rank=rank, dtype=torch.float32
+        )
+        found.update(zip(open_, pairs, strict=True))
+        weight = weight - kron.sum_to_dense(pairs)
+    if closed:
+        found.update(_low_rank_pairs(weight, metric, {i: shapes[i] for i in closed}))
+        rest = weight - kron.sum_to_dense([found[i] for i in closed])
+        history.append(metric.harm(rest))
     return [found[i] for i in range(len(shapes))], history
 
 
-def _less(weight: Tensor, found: dict[int, Pair], which: list[int]) -> Tensor:
-    for i in which:
-        if i in found:
-            weight = weight - kron.to_dense(*found[i])
-    return weight
-
-
-def _van_loan(weight: Tensor, factors: Factors) -> Pair:
-    return kron.van_loan(weight, *factors.sides, factors.terms)
-
-
-def _low_rank_pair(weight: Tensor, metric: Metric, factors: Factors) -> Pair:
-    columns, rows = low_rank(weight, metric, factors.terms)
-    large, small = columns.T[:, :, None], rows[:, None, :]
-    return kron.in_order(large, small, factors.layout)
+def _low_rank_pairs(weight: Tensor, metric: Metric, shapes: dict[int, Factors]) -> dict[int, Pair]:
+    """The best matrix of their common rank, dealt out to the groups from the largest value on."""
+    total = sum(factors.terms for factors in shapes.values())
+    columns, rows = low_rank(weight, metric, total)
+    found, start = {}, 0
+    for i, factors in shapes.items():
+        part = slice(start, start + factors.terms)
+        large, small = columns.T[part, :, None], rows[part, None, :]
+        found[i] = kron.in_order(large, small, factors.layout)
+        start += factors.terms
+    return found

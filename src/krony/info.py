@@ -5,8 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from krony.families import find_targets
-from krony.layers import KroneckerLinear
-from krony.modeling import config_of
+from krony.modeling import Factored, config_of
 from krony.plan import Plan
 
 
@@ -50,13 +49,18 @@ def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict
     measured, rows = provenance.get("matrices", {}), []
     for matrix in plan.matrices:
         layer = model.get_submodule(matrix.name)
-        assert isinstance(layer, KroneckerLinear)
+        assert isinstance(layer, Factored)
         rows.append(
             {
                 "name": matrix.name,
                 "shape": list(matrix.shape),
                 "factors": [
-                    {"terms": g.terms, "large": list(g.large), "small": list(g.small)}
+                    {
+                        "terms": g.terms,
+                        "large": list(g.large),
+                        "small": list(g.small),
+                        "interpolative": g.interpolative,
+                    }
                     for g in matrix.groups
                 ],
                 "layout": matrix.groups[0].layout,

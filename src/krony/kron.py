@@ -17,6 +17,7 @@ They differ by a fixed reordering of rows and columns.
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,6 +141,12 @@ def check_terms(terms: int, outer: Shape, inner: Shape) -> None:
         )
 
 
+def check_scalars(scalars: bool, interpolative: bool) -> None:
+    """Raise `KronyError` for both: the interpolative form has no scale of a term left to learn."""
+    if scalars and interpolative:
+        raise KronyError("interpolative factors have no scalars; leave one of the two out")
+
+
 def norm(outer: Tensor, inner: Tensor) -> float:
     """‖Σ_r outer_r ⊗ inner_r‖_F without forming the sum: ⟨A⊗B, C⊗D⟩ = ⟨A, C⟩⟨B, D⟩."""
     left, right = outer.flatten(1).double(), inner.flatten(1).double()
@@ -175,12 +182,57 @@ def prune(
     return (spread, kept) if small_is_outer else (kept, spread)
 
 
+def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same sum of terms in interpolative form, which needs R² fewer numbers.
+
+    An invertible mix of the terms that is undone between the factors changes nothing, so R² of
+    their numbers say nothing. Here the mix makes R of the entries of the small factors a unit
+    matrix: those blocks of W are stored as they are, in `large`, and the others as combinations of
+    them. Which R is the choice of a QR decomposition with column pivoting, on an orthonormal basis
+    of the small factors, so that the combinations stay small whatever the scales of the terms.
+
+    Args:
+        large, small: (R, ...) each.
+    Returns:
+        large (R, ...) and free (R, q - R), float64, and order (q,), int32: entry j of the small
+        factors is column order[j] of [I, free], as `fill` puts it together.
+    Source: interpolative decompositions, Cheng, Gimbutas, Martinsson and Rokhlin 2005.
+    """
+    terms, shape = large.shape[0], large.shape
+    basis, mix = torch.linalg.qr(small.double().flatten(1).T)  # small = mixᵀ basisᵀ
+    _, pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)
+    kept = torch.from_numpy(pivots[:terms].astype("int64")).to(basis.device).sort().values
+    is_kept = torch.zeros(len(basis), dtype=torch.bool, device=basis.device)
+    is_kept[kept] = True
+    corner = basis[kept]
+    free = torch.linalg.solve(corner.T, basis[~is_kept].T)
+    mixed = (corner @ mix @ large.double().flatten(1)).reshape(shape)
+    order = torch.cat([kept, (~is_kept).nonzero().squeeze(1)]).argsort()
+    return mixed, free, order.int()
+
+
+def fill(free: Tensor, order: Tensor) -> Tensor:
+    """Small factors (R, q) of the interpolative form: the columns of [I, free] in their order."""
+    unit = torch.eye(len(free), dtype=free.dtype, device=free.device)
+    return torch.cat([unit, free], 1).index_select(1, order)
+
+
 def multiply_adds(large: Shape, small: Shape, terms: int, mix_first: bool) -> int:
     """Multiply-adds per token of the factored product in one of its two orders."""
     (m1, n1), (m2, n2) = large, small
     if mix_first:
         return terms * m2 * n1 * (n2 + m1)
     return terms * n2 * m1 * (n1 + m2)
+
+
+def forms_dense(tokens: int, large: Shape, small: Shape, terms: int, mix_first: bool) -> bool:
+    """Whether forming W once and one dense product takes fewer multiply-adds than the factors.
+
+    So it does for sums of many terms on many tokens: W costs R·m·n, then m·n a token.
+    """
+    entries = large[0] * large[1] * small[0] * small[1]
+    factored = tokens * multiply_adds(large, small, terms, mix_first)
+    return (terms + tokens) * entries < factored
 
 
 def mixes_first(large: Shape, small: Shape) -> bool:
@@ -244,3 +296,27 @@ def _mix(mixing: Tensor, x: Tensor) -> Tensor:
     if x.shape[-1] == 1:
         return F.linear(x.squeeze(-1), mixing).unsqueeze(-1)
     return mixing @ x
+
+
+def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Rows of W = Σ_r outer_r ⊗ inner_r, without forming W: an embedding's lookup.
+
+    Row c·m_inner + a of a Kronecker product is outer's row c ⊗ inner's row a.
+
+    Args:
+        ids: (...), row numbers from 0 to m - 1.
+        outer, inner: (R, ·, ·) each.
+    Returns:
+        (..., n).
+    """
+    left = _pick(outer, ids // inner.shape[1])
+    right = _pick(inner, ids % inner.shape[1])
+    return torch.einsum("...rd,...rb->...db", left, right).flatten(-2).reshape(*ids.shape, -1)
+
+
+def _pick(factors: Tensor, ids: Tensor) -> Tensor:
+    """Row `ids` of every term: (..., R, n); a single row is not repeated: (R, n)."""
+    if factors.shape[1] == 1:
+        return factors[:, 0]
+    table = factors.transpose(0, 1).flatten(1)
+    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))

@@ -1,8 +1,9 @@
-"""KroneckerLinear: a linear layer whose weight is a sum of Kronecker products, never formed."""
+"""Linear layers and embeddings whose weight is a sum of Kronecker products, never formed."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krony import kron
@@ -19,9 +20,12 @@ class KroneckerGroup(nn.Module):
 
     Parameters:
         large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
-        small: (R, m2, n2).
+        small: (R, m2, n2); with `interpolative=True` (R, m2·n2 - R), and a buffer `order` (m2·n2,)
+            that says where the unit matrix and these go (`kron.interpolate`).
         scalars: (R,), only with `scalars=True` (Krony-PT, section III-F).
     """
+
+    order: Tensor | None
 
     def __init__(
         self,
@@ -30,11 +34,13 @@ class KroneckerGroup(nn.Module):
         terms: int = 1,
         layout: Layout = "small-outer",
         scalars: bool = False,
+        interpolative: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         kron.check_factors(large, small, terms, layout)
+        kron.check_scalars(scalars, interpolative)
         self.large_shape: Shape = (large[0], large[1])
         self.small_shape: Shape = (small[0], small[1])
         self.terms, self.layout = terms, layout
@@ -45,7 +51,11 @@ class KroneckerGroup(nn.Module):
             self.large = nn.Linear(terms * n1, m1, bias=False, **where)
         else:
             self.large = nn.Linear(n1, terms * m1, bias=False, **where)
-        self.small = nn.Parameter(torch.empty(terms, *small, **where))
+        entries = small[0] * small[1]
+        stored = (entries - terms,) if interpolative else small
+        self.small = nn.Parameter(torch.empty(terms, *stored, **where))
+        order = torch.arange(entries, dtype=torch.int32, device=device) if interpolative else None
+        self.register_buffer("order", order)
         self.scalars = nn.Parameter(torch.ones(terms, **where)) if scalars else None
         self.reset_parameters()
 
@@ -53,15 +63,21 @@ class KroneckerGroup(nn.Module):
     def reset_parameters(self) -> None:
         """Random factors whose sum has the entries of a fresh `nn.Linear`: variance 1/(3n)."""
         fan_in = self.large_shape[1] * self.small_shape[1]
-        deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
-        nn.init.normal_(self.large.weight, std=deviation)
-        nn.init.normal_(self.small, std=deviation)
+        if self.order is None:
+            deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
+            nn.init.normal_(self.large.weight, std=deviation)
+            nn.init.normal_(self.small, std=deviation)
+        else:  # the blocks that are kept, and combinations of all of them
+            nn.init.normal_(self.large.weight, std=(1 / (3 * fan_in)) ** 0.5)
+            nn.init.normal_(self.small, std=(1 / self.terms) ** 0.5)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
     @property
     def scaled_small(self) -> Tensor:
-        """The small factors with the learnable scalars multiplied in: (R, m2, n2)."""
+        """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
+        if self.order is not None:
+            return kron.fill(self.small, self.order).unflatten(1, self.small_shape)
         if self.scalars is None:
             return self.small
         return self.small * self.scalars[:, None, None]
@@ -76,6 +92,9 @@ class KroneckerGroup(nn.Module):
         """Copy in A (R, m1, n1), B (R, m2, n2), s (R,); absorb s where it is not learnable."""
         if self.scalars is None and scalars is not None:
             small = small * scalars[:, None, None]
+        if self.order is not None:
+            large, small, order = kron.interpolate(large, small)
+            self.order.copy_(order)
         self.large.weight.copy_(kron.large_to_linear(large, self.mix_first))
         self.small.copy_(small)
         if self.scalars is not None:
@@ -92,15 +111,32 @@ class KroneckerGroup(nn.Module):
         large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)
         return kron.to_dense(*kron.in_order(large, small, self.layout))
 
+    def forms_dense(self, tokens: int) -> bool:
+        """Whether W is formed for a batch of so many tokens (`kron.forms_dense`).
+
+        Never where `large` is more than a plain layer, quantised or adapted, with its own forward.
+        """
+        plain = type(self.large) is nn.Linear and type(self.large.weight) is nn.Parameter
+        shapes = self.large_shape, self.small_shape
+        return plain and kron.forms_dense(tokens, *shapes, self.terms, self.mix_first)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.forms_dense(x.numel() // x.shape[-1]):
+            return F.linear(x, self.to_dense())
         return kron.apply(
             x, self.scaled_small, self.large, self.large_shape, self.layout, self.mix_first
         )
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W, (..., n), W not formed."""
+        factors = kron.in_order(self.large_factors, self.scaled_small, self.layout)
+        return kron.rows(ids, *factors)
+
     def extra_repr(self) -> str:
         large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
         learnable = ", scalars" if self.scalars is not None else ""
-        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}"
+        form = ", interpolative" if self.order is not None else ""
+        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}{form}"
 
 
 class KroneckerLinear(nn.Module):
@@ -127,15 +163,7 @@ class KroneckerLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not groups:
-            raise KronyError("a KroneckerLinear needs at least one group of factors; none given")
-        for group in groups:
-            (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-            if (m1 * m2, n1 * n2) != (out_features, in_features):
-                raise KronyError(
-                    f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
-                    f"layer is {out_features}x{in_features}; choose factors that divide it"
-                )
+        _check_groups(groups, out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.groups = nn.ModuleList(groups)
         if bias:
@@ -153,11 +181,7 @@ class KroneckerLinear(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense W (m, n), summed in `dtype` (default: that of the factors), differentiable."""
-        parts: list[Any] = list(self.groups)
-        dense: Tensor = parts[0].to_dense(dtype)
-        for group in parts[1:]:
-            dense = dense + group.to_dense(dtype)
-        return dense
+        return _sum_to_dense(self.groups, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.groups
@@ -168,3 +192,90 @@ class KroneckerLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+
+
+class KroneckerEmbedding(nn.Module):
+    """Rows of W = Σ_groups Σ_r s_r (B_r ⊗ A_r), (V, D), looked up without forming W.
+
+    Args:
+        num_embeddings, embedding_dim: V tokens and D.
+        groups: any number of `KroneckerGroup`, each of them V by D.
+        padding_idx: kept for the way back to `nn.Embedding`; no row has gradients of its own here.
+    Raises:
+        KronyError: no group, or a group whose shapes do not multiply to (V, D).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        groups: list[KroneckerGroup],
+        padding_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_groups(groups, num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+        self.groups = nn.ModuleList(groups)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense W (V, D), formed anew at each access; writing to it changes nothing."""
+        return self.to_dense()
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense W (V, D), summed in `dtype` (default: that of the factors), differentiable."""
+        return _sum_to_dense(self.groups, dtype)
+
+    def tied_linear(self) -> KroneckerLinear:
+        """The output matrix y = x Wᵀ with the same parameters: one set of them in memory."""
+        shared = []
+        for mine in self.groups:
+            assert isinstance(mine, KroneckerGroup)
+            with torch.device("meta"):
+                group = KroneckerGroup(
+                    mine.large_shape,
+                    mine.small_shape,
+                    mine.terms,
+                    mine.layout,
+                    mine.scalars is not None,
+                    mine.order is not None,
+                )
+            # An index, not a weight, which transformers would not tie: it stays out of the file.
+            order = None if mine.order is None else mine.order.clone()
+            group.register_buffer("order", order, persistent=False)
+            group.large.weight, group.small = mine.large.weight, mine.small
+            if mine.scalars is not None:
+                group.scalars = mine.scalars
+            shared.append(group)
+        return KroneckerLinear(self.embedding_dim, self.num_embeddings, shared, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first, *others = self.groups
+        y: Tensor = first.rows(ids)  # type: ignore[operator]
+        for group in others:
+            y = y + group.rows(ids)  # type: ignore[operator]
+        return y
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.num_embeddings}, model={self.embedding_dim}"
+
+
+def _check_groups(groups: list[KroneckerGroup], m: int, n: int) -> None:
+    if not groups:
+        raise KronyError("a factored layer needs at least one group of factors; none given")
+    for group in groups:
+        (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+        if (m1 * m2, n1 * n2) != (m, n):
+            raise KronyError(
+                f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
+                f"layer is {m}x{n}; choose factors that divide it"
+            )
+
+
+def _sum_to_dense(groups: nn.ModuleList, dtype: torch.dtype | None) -> Tensor:
+    parts: list[Any] = list(groups)
+    dense: Tensor = parts[0].to_dense(dtype)
+    for group in parts[1:]:
+        dense = dense + group.to_dense(dtype)
+    return dense

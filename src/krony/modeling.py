@@ -18,10 +18,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from krony.errors import KronyError
-from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.plan import MatrixPlan, Plan
 
 METHOD = "kronecker"
+Factored = KroneckerLinear | KroneckerEmbedding
 
 
 @register_quantization_config(METHOD)
@@ -62,8 +63,7 @@ class KroneckerQuantizer(HfQuantizer):
         self.quantization_config.plan = plan.to_dict()
         for matrix in plan.matrices:
             weight = model.get_parameter(f"{matrix.name}.weight")
-            layer = build_layer(matrix, weight.device, weight.dtype)
-            model.set_submodule(matrix.name, layer)
+            install(model, matrix, build_layer(matrix, weight.device, weight.dtype))
 
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         # By ending: the guards in the file may carry the prefix of another head.
@@ -73,6 +73,11 @@ class KroneckerQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
+        for name, layer in model.named_modules():
+            for head in _tied_to(model, name) if isinstance(layer, KroneckerEmbedding) else ():
+                for mine, its in zip(layer.groups, model.get_submodule(head).groups, strict=True):  # type: ignore[arg-type]
+                    if mine.order is not None:  # of the loaded factors, which only one holds
+                        its.order = mine.order.clone()
         attach(model, self.quantization_config)
         return model
 
@@ -99,10 +104,12 @@ class KroneckerQuantizer(HfQuantizer):
         The sum of products is formed in float64 and rounded once, to `dtype` (default: the
         dtype of the factors).
         """
-        conv1d = {m.name: m.conv1d for m in Plan.from_dict(self.quantization_config.plan).matrices}
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, KroneckerLinear):
-                model.set_submodule(name, dense_layer(layer, conv1d[name], dtype))
+        for matrix in Plan.from_dict(self.quantization_config.plan).matrices:
+            layer = model.get_submodule(matrix.name)
+            if isinstance(layer, KroneckerEmbedding):
+                _unfold_embedding(model, matrix.name, layer, dtype)
+            elif isinstance(layer, KroneckerLinear):
+                model.set_submodule(matrix.name, dense_layer(layer, matrix.conv1d, dtype))
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
@@ -158,19 +165,89 @@ def config_of(model: nn.Module) -> KroneckerConfig | None:
     return quantizer.quantization_config if isinstance(quantizer, KroneckerQuantizer) else None
 
 
+def install(model: PreTrainedModel, matrix: MatrixPlan, layer: Factored) -> None:
+    """Put a factored layer in the place of a dense one; a tied output matrix follows it.
+
+    Tied factors are tied as transformers ties weights, parameter by parameter, so that they are
+    one in memory and in the file.
+    """
+    before = getattr(model.get_submodule(matrix.name), "padding_idx", None)
+    model.set_submodule(matrix.name, layer)
+    if not isinstance(layer, KroneckerEmbedding):
+        return
+    layer.padding_idx = before
+    model.resize_token_embeddings = _refuse_resizing  # type: ignore[assignment, method-assign]
+    weight = f"{matrix.name}.weight"
+    tied: dict[str, str] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        if source == weight:
+            head = target.removesuffix(".weight")
+            model.set_submodule(head, layer.tied_linear())
+            names = [name for name, _ in layer.named_parameters()]
+            tied |= {f"{head}.{name}": f"{matrix.name}.{name}" for name in names}
+        else:
+            tied[target] = source
+    model._tied_weights_keys = tied
+    model.all_tied_weights_keys = dict(tied)
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> None:
+    raise KronyError(
+        "the embedding is factored, so tokens can't be added or taken away; fold the model to "
+        "dense first (krony export --to dense), resize that, and compress it again"
+    )
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
+    """Names of the output matrices that share the factors of the embedding `name`."""
+    keys, start = model.all_tied_weights_keys.items(), f"{name}.groups."
+    return {target.partition(".groups.")[0] for target, source in keys if source.startswith(start)}
+
+
+def _unfold_embedding(
+    model: PreTrainedModel, name: str, layer: KroneckerEmbedding, dtype: torch.dtype | None
+) -> None:
+    """The ordinary embedding again, and the ordinary output matrix tied to it."""
+    weight = nn.Parameter(_rounded(layer, dtype))
+    with torch.device("meta"):
+        dense = nn.Embedding(weight.shape[0], weight.shape[1], layer.padding_idx)
+    dense.weight = weight
+    model.set_submodule(name, dense)
+    for head in _tied_to(model, name):
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = weight
+        model.set_submodule(head, linear)
+    # What `install` put on this model gives way to what its class says.
+    for attribute in ("resize_token_embeddings", "_tied_weights_keys"):
+        vars(model).pop(attribute, None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def build_layer(
     matrix: MatrixPlan,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> KroneckerLinear:
+) -> Factored:
     """The module that the plan describes, with random factors."""
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     groups = [
-        KroneckerGroup(g.large, g.small, g.terms, g.layout, matrix.scalars, **where)
+        KroneckerGroup(
+            g.large, g.small, g.terms, g.layout, matrix.scalars, g.interpolative, **where
+        )
         for g in matrix.groups
     ]
     (m, n) = matrix.shape
+    if matrix.embedding:
+        return KroneckerEmbedding(m, n, groups)
     return KroneckerLinear(n, m, groups, matrix.bias, **where)
+
+
+@torch.no_grad()
+def _rounded(layer: Factored, dtype: torch.dtype | None) -> torch.Tensor:
+    """The dense weight, summed in float64 and rounded once."""
+    dense = layer.to_dense(torch.float64).to(dtype or next(layer.parameters()).dtype)
+    return dense.contiguous()
 
 
 @torch.no_grad()
@@ -178,13 +255,11 @@ def dense_layer(
     layer: KroneckerLinear, conv1d: bool, dtype: torch.dtype | None = None
 ) -> nn.Linear | Conv1D:
     """The ordinary layer with the same weight and bias; `conv1d` says which of the two kinds."""
-    reference = next(layer.parameters())
-    dtype = dtype or reference.dtype
-    weight = layer.to_dense(torch.float64).to(dtype)
+    weight = _rounded(layer, dtype)
     (m, n), bias = weight.shape, layer.bias is not None
     with torch.device("meta"):
         dense = Conv1D(m, n) if conv1d else nn.Linear(n, m, bias=bias)
     dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
     return dense

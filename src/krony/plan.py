@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from krony import schemes
+from krony import kron, schemes
 from krony.errors import KronyError
 from krony.families import Target, find_targets
 from krony.kron import Layout, Shape
@@ -17,7 +17,13 @@ from krony.schemes import Factors
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix (m, n) and the groups of factors whose sum replaces it."""
+    """One matrix (m, n) and the groups of factors whose sum replaces it; none: it stays dense.
+
+    Attributes:
+        conv1d: stored transposed, in a transformers `Conv1D`.
+        embedding: an input embedding, (tokens, model); its rows are looked up.
+        tied: an embedding that is the output matrix too, whose factors both uses share.
+    """
 
     name: str
     shape: Shape
@@ -25,10 +31,14 @@ class MatrixPlan:
     scalars: bool = False
     bias: bool = True
     conv1d: bool = False
+    embedding: bool = False
+    tied: bool = False
 
     @property
     def parameters(self) -> int:
         """Of the factors, learnable scalars included, the bias (which stays) not."""
+        if not self.groups:
+            return self.dense_parameters
         scalars = sum(g.terms for g in self.groups) if self.scalars else 0
         return sum(g.parameters for g in self.groups) + scalars
 
@@ -40,7 +50,37 @@ class MatrixPlan:
     @property
     def multiply_adds(self) -> int:
         """Per token, factors kept apart."""
-        return sum(g.multiply_adds for g in self.groups)
+        if not self.groups:
+            return self.dense_multiply_adds
+        product = sum(g.multiply_adds for g in self.groups)
+        if not self.embedding:
+            return product
+        lookup = sum(g.terms for g in self.groups) * self.shape[1]
+        return lookup + (product if self.tied else 0)
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        """Per token with the dense matrix, or with W formed: a lookup alone takes none."""
+        return 0 if self.embedding and not self.tied else self.dense_parameters
+
+    @property
+    def reads(self) -> int:
+        """Parameters that one token reads: all of them, or the rows that are looked up."""
+        if not self.groups:
+            return self.dense_reads
+        if self.embedding and not self.tied:
+            return sum(g.terms * (g.large[1] + g.small[1]) for g in self.groups)
+        return self.parameters
+
+    @property
+    def dense_reads(self) -> int:
+        """Parameters of the dense matrix that one token reads."""
+        return self.shape[1] if self.embedding and not self.tied else self.dense_parameters
+
+    @property
+    def forming(self) -> int:
+        """Multiply-adds to form W, once a batch."""
+        return self.dense_parameters * sum(g.terms for g in self.groups)
 
     def check(self) -> None:
         """Raise `KronyError` unless every group multiplies to the matrix."""
@@ -48,6 +88,7 @@ class MatrixPlan:
             raise KronyError(f"{self.name} has no group of factors in the plan; give at least one")
         for group in self.groups:
             group.check()
+            kron.check_scalars(self.scalars, group.interpolative)
             if group.shape != tuple(self.shape):
                 raise KronyError(
                     f"the plan's factors for {self.name} make {group.shape[0]}x{group.shape[1]}, "
@@ -74,8 +115,13 @@ class Plan:
 
     @property
     def multiply_adds(self) -> int:
-        """Per token over all matrices; `dense_parameters` is the dense figure."""
+        """Per token over all matrices."""
         return sum(m.multiply_adds for m in self.matrices)
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        """Per token over the same matrices before."""
+        return sum(m.dense_multiply_adds for m in self.matrices)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -90,12 +136,20 @@ class Plan:
                     name=m["name"],
                     shape=_pair(m["shape"]),
                     groups=tuple(
-                        Factors(_pair(g["large"]), _pair(g["small"]), g["terms"], g["layout"])
+                        Factors(
+                            large=_pair(g["large"]),
+                            small=_pair(g["small"]),
+                            terms=g["terms"],
+                            layout=g["layout"],
+                            interpolative=g.get("interpolative", False),
+                        )
                         for g in m["groups"]
                     ),
                     scalars=m["scalars"],
                     bias=m["bias"],
                     conv1d=m["conv1d"],
+                    embedding=m.get("embedding", False),
+                    tied=m.get("tied", False),
                 )
                 for m in data["matrices"]
             )
@@ -129,6 +183,20 @@ class Plan:
             raise KronyError(f"can't read the plan {path}: {error.strerror}") from error
 
 
+def matrix_plan(target: Target, groups: tuple[Factors, ...], scalars: bool = False) -> MatrixPlan:
+    """The entry of a plan that gives these factors to that matrix."""
+    return MatrixPlan(
+        target.name,
+        target.shape,
+        groups,
+        scalars,
+        target.bias,
+        target.conv1d,
+        target.role == "embedding",
+        target.tied,
+    )
+
+
 def _pair(value: Iterable[int]) -> Shape:
     first, second = value
     return int(first), int(second)
@@ -158,7 +226,7 @@ def make_plan(
         terms: the number of Kronecker products that are summed.
         scalars: one learnable scalar per term (Krony-PT, section III-F).
         layers: indices of the blocks to change; None means all.
-        target: "mlp", "attention", "all" or a pattern of module names.
+        target: see `families.find_targets`.
         layout: "small-outer" (fast) or "large-outer" (the paper's order of rows and columns).
     Raises:
         KronyError: shapes that do not divide a matrix, terms beyond the possible rank, layers or
@@ -182,9 +250,7 @@ def make_plan(
             factors.check()
         except KronyError as error:
             raise KronyError(f"{found.name}: {error}") from error
-        matrices.append(
-            MatrixPlan(found.name, found.shape, (factors,), scalars, found.bias, found.conv1d)
-        )
+        matrices.append(matrix_plan(found, (factors,), scalars))
     return Plan(tuple(matrices))
 
 

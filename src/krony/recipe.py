@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from krony import losses
 from krony.errors import KronyError
-from krony.layers import KroneckerLinear
+from krony.layers import KroneckerEmbedding, KroneckerLinear
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def parameter_groups(
     """Four groups at most: factors or not, with weight decay or not."""
     factored: set[int] = set()
     for module in model.modules():
-        if isinstance(module, KroneckerLinear):
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
             factored |= {id(p) for name, p in module.named_parameters() if name != "bias"}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -109,7 +109,8 @@ def parameter_groups(
 def freeze_dense(model: nn.Module) -> None:
     """Leave only the parameters of factored layers to be trained. Raises `KronyError` if none."""
     model.requires_grad_(False)
-    factored = [m for m in model.modules() if isinstance(m, KroneckerLinear)]
+    kinds = (KroneckerLinear, KroneckerEmbedding)
+    factored = [m for m in model.modules() if isinstance(m, kinds)]
     if not factored:
         raise KronyError("nothing would be trained: the model has no factored layer")
     for module in factored:
@@ -122,10 +123,11 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise KronyError("the lora recipe needs peft; pip install krony[lora]") from error
+    head = model.get_output_embeddings()  # may share its factors with the embedding
     names = [
         f"{name}.groups.{i}.large"
         for name, m in model.named_modules()
-        if isinstance(m, KroneckerLinear)
+        if isinstance(m, KroneckerLinear) and m is not head
         for i in range(len(m.groups))
     ]
     if not names:

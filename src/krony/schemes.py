@@ -14,12 +14,17 @@ from krony.kron import Layout, Shape
 
 @dataclass(frozen=True)
 class Factors:
-    """The shapes of one group of terms in one matrix: R terms of A (m1, n1) and B (m2, n2)."""
+    """The shapes of one group of terms in one matrix: R terms of A (m1, n1) and B (m2, n2).
+
+    Attributes:
+        interpolative: stored without the R² numbers that say nothing (`kron.interpolate`).
+    """
 
     large: Shape
     small: Shape
     terms: int = 1
     layout: Layout = "small-outer"
+    interpolative: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -33,9 +38,10 @@ class Factors:
 
     @property
     def parameters(self) -> int:
-        """R·(m1·n1 + m2·n2)."""
+        """R·(m1·n1 + m2·n2), less R² in interpolative form."""
         (m1, n1), (m2, n2) = self.large, self.small
-        return self.terms * (m1 * n1 + m2 * n2)
+        fixed = self.terms if self.interpolative else 0
+        return self.terms * (m1 * n1 + m2 * n2 - fixed)
 
     @property
     def rank(self) -> int:

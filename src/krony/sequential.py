@@ -20,6 +20,8 @@ from krony.calibrate import BlockStream, Inputs, Moments
 from krony.errors import KronyError
 from krony.families import blocks, dense_weight
 from krony.kron import sum_to_dense
+from krony.layers import KroneckerLinear
+from krony.modeling import dense_layer
 from krony.plan import MatrixPlan, Plan
 
 
@@ -32,12 +34,15 @@ class DataOptions:
         bias: correct the bias for the mean error (where the layer has one).
         centred: weigh inputs by their covariance, not by their second moment about zero.
         gradients: weigh outputs by the loss gradients.
+        residual: a matrix that writes to the residual stream also makes up for the error that the
+            stream carries already, as far as its inputs tell; needs `sequential`.
     """
 
     sequential: bool = True
     bias: bool = True
     centred: bool = True
     gradients: bool = True
+    residual: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ def fit_plan(
     options: DataOptions,
     batch: int = 8,
     progress: Callable[[str, int, int], None] | None = None,
+    embedded: PreTrainedModel | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
     """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
 
@@ -132,6 +138,7 @@ def fit_plan(
         moments: of every planned matrix, from `calibrate.calibrate`.
         install: makes the factored layer from the dense one, the plan and the fit.
         progress: called with (name, number from 1, how many).
+        embedded: the model with its embedding factored already, whose hidden states to start from.
     Returns:
         The factored layer and its fit, by name.
     Raises:
@@ -176,16 +183,25 @@ def fit_plan(
     )
     stream = BlockStream(model, [module for _, _, module in named], windows, batch)
     dense_hidden, hidden = stream.hidden, list(stream.hidden)
+    if embedded is not None:
+        hidden = BlockStream(embedded, [blocks(embedded)[0][2]], windows, batch).hidden
     with torch.no_grad():
         for index, (block_name, _, dense) in enumerate(named[: last + 1]):
             work = copy.deepcopy(dense)
             prefix = block_name + "."
             mine = [n.removeprefix(prefix) for n in inside if n.startswith(prefix)]
             for stage in _stages(stream, index, dense, dense_hidden[0], mine):
-                pairings = _pair(stream, index, dense, work, dense_hidden, hidden, stage)
+                lift = options.residual and _writes_the_stream(
+                    stream, index, work, hidden[0], stage
+                )
+                pairings = _pair(stream, index, dense, work, dense_hidden, hidden, stage, lift)
                 for name, pairing in pairings.items():
                     layer = dense.get_submodule(name)
-                    work.set_submodule(name, solve(prefix + name, layer, pairing))
+                    made = solve(prefix + name, layer, pairing)
+                    # Folded: for hundreds of windows many terms take longer than the dense matrix.
+                    assert isinstance(made, KroneckerLinear)
+                    conv1d = planned[prefix + name].conv1d
+                    work.set_submodule(name, dense_layer(made, conv1d))
             if index < last:
                 dense_hidden = [stream.run(index, dense, h) for h in dense_hidden]
                 hidden = [stream.run(index, work, h) for h in hidden]
@@ -204,6 +220,30 @@ def _stages(
     return list(stages.values())
 
 
+def _writes_the_stream(
+    stream: BlockStream, index: int, block: nn.Module, hidden: Tensor, stage: list[str]
+) -> bool:
+    """Whether the block's output is that of the stage's one matrix plus what does not depend on it.
+
+    Found by running the block without it: true of the last matrix of an MLP between residual
+    connections, and in parallel blocks of attention's too.
+    """
+    if len(stage) > 1:
+        return False
+    module = {stage[0]: block.get_submodule(stage[0])}
+    with calibrate.captured(module, outputs=True) as seen:
+        full = stream.run(index, block, hidden)
+    written = seen[stage[0]]
+    handle = module[stage[0]].register_forward_hook(lambda *_: torch.zeros_like(written))
+    try:
+        rest = stream.run(index, block, hidden)
+    finally:
+        handle.remove()
+    if written.shape != full.shape:
+        return False
+    return float((full - rest - written).norm()) <= 1e-3 * float(written.norm())
+
+
 def _pair(
     stream: BlockStream,
     index: int,
@@ -212,16 +252,26 @@ def _pair(
     dense_hidden: list[Tensor],
     hidden: list[Tensor],
     stage: list[str],
+    lift: bool,
 ) -> dict[str, _Pairing]:
-    """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches."""
+    """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches.
+
+    With `lift`, for one matrix that writes to the residual stream, not with its outputs in `dense`
+    but with those that would make the block's output that of `dense`.
+    """
     originals = {name: dense.get_submodule(name) for name in stage}
     followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
     found: dict[str, _Pairing] = {}
     for here, there in zip(dense_hidden, hidden, strict=True):
         with calibrate.captured(originals, outputs=True) as outputs:
-            stream.run(index, dense, here)
-        with calibrate.captured(followed, outputs=False) as inputs:
-            stream.run(index, work, there)
+            wanted = stream.run(index, dense, here)
+        with (
+            calibrate.captured(followed, outputs=False) as inputs,
+            calibrate.captured(followed, outputs=True) as current,
+        ):
+            now = stream.run(index, work, there)
+        if lift:
+            outputs = {stage[0]: current[stage[0]] + (wanted - now)}
         x = inputs[stage[0]]
         shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1])
         shared.add(x)

@@ -1,11 +1,18 @@
 """Terminal tables of plans, models and measurements: JSON-ready figures in, rich tables out."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from krony.evaluate import Perplexity
-from krony.plan import Plan
+from krony.families import Target
+from krony.fit import is_low_rank
+from krony.limits import READ
+from krony.plan import Plan, matrix_plan
+from krony.schemes import Factors
 
 
 def table(title: str, *columns: str) -> Table:
@@ -31,9 +38,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
-def factors_text(terms: int, large: Any, small: Any) -> str:
+def factors_text(terms: int, large: Any, small: Any, interpolative: bool = False) -> str:
     """One group of factors, 2 x 1024x256 by 3x3."""
-    return f"{terms} x {sides(large)} by {sides(small)}"
+    form = " interpolative" if interpolative else ""
+    return f"{terms} x {sides(large)} by {sides(small)}{form}"
 
 
 def plan_table(plan: Plan) -> Table:
@@ -41,7 +49,9 @@ def plan_table(plan: Plan) -> Table:
     made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
     made.add_column("multiply-adds", justify="right")
     for m in plan.matrices:
-        factors = " + ".join(factors_text(g.terms, g.large, g.small) for g in m.groups)
+        factors = " + ".join(
+            factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups
+        )
         rank = min(sum(g.rank for g in m.groups), *m.shape)
         made.add_row(
             m.name,
@@ -50,9 +60,13 @@ def plan_table(plan: Plan) -> Table:
             f"{rank:,}",
             f"{m.parameters:,}",
             percent(m.parameters / m.dense_parameters),
-            percent(m.multiply_adds / m.dense_parameters),
+            _share(m.multiply_adds, m.dense_multiply_adds),
         )
     return made
+
+
+def _share(cost: float, dense: float) -> str:
+    return percent(cost / dense) if dense else "-"  # an embedding that is only looked up
 
 
 def saving(before: int, plan: Plan) -> str:
@@ -61,9 +75,49 @@ def saving(before: int, plan: Plan) -> str:
     return (
         f"\n{len(plan.matrices)} matrices: {plan.dense_parameters:,} parameters become "
         f"{plan.parameters:,} ({percent(plan.parameters / plan.dense_parameters)}), "
-        f"multiply-adds {percent(plan.multiply_adds / plan.dense_parameters)}.\n"
+        f"multiply-adds {_share(plan.multiply_adds, plan.dense_multiply_adds)}.\n"
         f"The model: {before:,} become {after:,}, {percent(1 - after / before)} saved."
     )
+
+
+def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table:
+    """What a plan costs in each currency, and which structures it takes how often.
+
+    Args:
+        kept: targets that stay dense, which the plan does not list.
+        dtype: of the model, for bytes.
+    """
+    whole = [*plan.matrices, *(matrix_plan(t, ()) for t in kept)]
+    counts = Counter(structure(m.groups) for m in whole)
+    kinds = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+    parameters = sum(m.dense_parameters for m in whole), sum(m.parameters for m in whole)
+    adds = sum(m.dense_multiply_adds for m in whole), sum(m.multiply_adds for m in whole)
+    reads = sum(m.dense_reads for m in whole), sum(m.reads for m in whole)
+    forming = sum(m.forming for m in whole)
+    before, after = (r + a / READ for r, a in zip(reads, adds, strict=True))
+    made = table(f"\nWhat it costs: {kinds}", "currency", "dense", "now", "share")
+    made.add_row("parameters", *(f"{p:,}" for p in parameters), _share(*reversed(parameters)))
+    size = dtype.itemsize
+    name = f"bytes ({str(dtype).removeprefix('torch.')})"
+    made.add_row(name, *(megabytes(size * p) for p in parameters), _share(*reversed(parameters)))
+    made.add_row("multiply-adds a token", *(f"{a:,}" for a in adds), _share(*reversed(adds)))
+    once = f"{adds[0]:,} and {forming:,} a batch"
+    made.add_row("the same, W formed", f"{adds[0]:,}", once, _share(adds[0], adds[0]))
+    made.add_row(
+        "time to decode, in reads", f"{before:,.0f}", f"{after:,.0f}", _share(after, before)
+    )
+    return made
+
+
+def structure(groups: Sequence[Factors]) -> str:
+    """The kind of the factors of one matrix: low rank, one term, or a sum, with the small side."""
+    names = [] if groups else ["dense"]
+    for g in groups:
+        if is_low_rank(g):
+            names.append("low rank")
+        else:
+            names.append(f"{'sum' if g.terms > 1 else 'one term'} with {sides(g.small)}")
+    return " and ".join(names)
 
 
 def space_table(rows: list[dict[str, Any]], names: dict[tuple[int, ...], str]) -> Table:
@@ -102,7 +156,8 @@ def info_table(info: dict[str, Any]) -> Table:
     )
     for row in info["matrices"]:
         factors = " + ".join(
-            factors_text(f["terms"], f["large"], f["small"]) for f in row["factors"]
+            factors_text(f["terms"], f["large"], f["small"], f["interpolative"])
+            for f in row["factors"]
         )
         kept = row["norm_kept"]
         made.add_row(

@@ -1,0 +1,122 @@
+"""Seconds and memory of the data initialisation at GPT-2 small's size (random weights and tokens).
+
+What is repeated is measured on a part of it and extrapolated linearly: moments over a few windows,
+the algebra and the following of inputs in one block of twelve. Every row says which.
+
+python benchmarks/scale.py [--measured 4] [--parts moments algebra following]
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import krony
+from krony import calibrate, fit
+from krony.budget import balanced_shapes, mixed, sized
+from krony.checkpoints import write_json
+from krony.evaluate import environment
+from krony.factorise import DATA
+from krony.families import Target, dense_weight, find_targets
+from krony.plan import Plan, matrix_plan
+
+PARTS = ("moments", "algebra", "following")
+WINDOWS, BLOCKS = 128, 12
+
+
+def structures(target: Target) -> dict[str, tuple[krony.Factors, ...]]:
+    """A quarter of one matrix in each kind of factors."""
+    m, n = target.shape
+    paper = krony.Factors((m // 2, n // 2), (2, 2))
+    return {
+        "paper, one term with 2x2": (paper,),
+        "low rank": (sized((m, 1), (1, n), 0.25),),
+        "balanced sum": (sized(*balanced_shapes(target.shape), 0.25),),
+        "low rank and balanced sum": mixed(target.shape, 0.25, 0.45),
+    }
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure the parts, print them and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale.json"))
+    parser.add_argument("--measured", type=int, default=4, help="windows that are really run")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    arguments = parser.parse_args()
+    transformers.set_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+    windows = torch.randint(50257, (arguments.measured, 1024))
+    targets = find_targets(model, "mlp")
+    first = targets[:2]
+    scale = WINDOWS / arguments.measured
+    record: dict[str, Any] = {}
+    if arguments.out.exists():  # a part that is not run again keeps its last figures
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+    record |= {
+        "what": "GPT-2 small, random weights and tokens, all 24 MLP matrices, 128 windows of 1,024",
+        "environment": environment(),
+        "threads": torch.get_num_threads(),
+    }
+    if "moments" in arguments.parts:
+        started = time.perf_counter()
+        calibrate.calibrate(model, windows, [t.name for t in targets])
+        seconds = time.perf_counter() - started
+        record["moments"] = {
+            "measured_windows": arguments.measured,
+            "measured_seconds": seconds,
+            "seconds": seconds * scale,
+            "peak_bytes": peak_bytes(),
+        }
+        print(record["moments"], flush=True)
+    moments = calibrate.calibrate(model, windows, [t.name for t in first])
+    if "algebra" in arguments.parts:
+        rows = record["algebra"] = []
+        for name in structures(first[0]):
+            seconds, harms = 0.0, []
+            for target in first:
+                entry = moments[target.name]
+                weight = dense_weight(model.get_submodule(target.name)).detach().double()
+                metric = fit.Metric.of(entry.inputs.covariance, entry.gradient, target.shape[0])
+                started = time.perf_counter()
+                history = fit.groups(weight, metric, structures(target)[name])[1]
+                seconds += time.perf_counter() - started
+                harms.append(history[-1] / metric.harm(weight))
+            rows.append(
+                {
+                    "factors": name,
+                    "measured_seconds_a_block": seconds,
+                    "seconds": seconds * BLOCKS,
+                    "harm_left": harms,
+                }
+            )
+            print(rows[-1], flush=True)
+            write_json(arguments.out, record)
+    if "following" in arguments.parts:
+        # The cheapest factors, so that nearly all of the time is the passes through the block.
+        shapes = [(t, structures(t)["low rank"]) for t in first]
+        plan = Plan(tuple(matrix_plan(t, groups) for t, groups in shapes))
+        started = time.perf_counter()
+        krony.compress(model, plan, init=DATA, calibration=windows, moments=moments)
+        seconds = time.perf_counter() - started
+        record["following"] = {
+            "measured_windows": arguments.measured,
+            "measured_seconds_a_block": seconds,
+            "seconds": seconds * scale * BLOCKS,
+            "peak_bytes": peak_bytes(),
+        }
+        print(record["following"], flush=True)
+    write_json(arguments.out, record)
+
+
+if __name__ == "__main__":
+    main()
