@@ -129,7 +129,7 @@ def heal(
     recipe = _recipe(model, config)
     parts = losses.parse(config.loss or (recipe.taught if teacher else recipe.untaught))
     window = len(next(iter(blocks))["input_ids"])
-    dtype = config.dtype or fastest_dtype(model)
+    dtype = config.dtype or fastest_dtype(model.device)
     settings = {
         **{k: v for k, v in asdict(config).items() if k not in ("log_to", "save_minutes", "keep")},
         "loss": "+".join(parts),

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from krony.objective import Objective
 
 
-def fastest_dtype(model: PreTrainedModel) -> str:
-    """bfloat16 where a product in it is clearly faster on the model's device, else float32."""
-    device = model.device
+def fastest_dtype(device: torch.device) -> str:
+    """bfloat16 where a product in it is clearly faster on the device, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     seconds = {}
