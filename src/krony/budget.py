@@ -1,9 +1,9 @@
 """A budget finds its own shapes: which matrix gets which factors, for the least harm to the loss.
 
 For every matrix a list of candidates is priced: low rank at many ranks (exact, from one spectrum),
-balanced Kronecker sums at several numbers of terms (fitted), and the dense matrix. Harm is in nats
-a token for all of them (fit.py), so that layers and structures can be weighed against each other;
-one of each list is chosen by an exact multiple-choice knapsack.
+low rank beside a balanced Kronecker sum (fitted at a few sizes, interpolated between), and the
+dense matrix. Harm is in nats a token for all of them (fit.py), so that layers and structures can be
+weighed against each other; one of each list is chosen by an exact multiple-choice knapsack.
 """
 
 import math
@@ -49,14 +49,13 @@ def make_candidates(
     for factors in dict.fromkeys(sized((m, 1), (1, n), share) for share in SHARES):
         harm = 0.5 * float(tail[factors.terms :].sum())
         found.append(Candidate((factors,), factors.parameters, factors.multiply_adds, harm))
-    if objective != "throughput" and min(*sum(balanced_shapes(target.shape), ())) > 1:
+    if objective != "throughput" and balanced_shapes(target.shape)[1] != (1, 1):
         for part in LOW_RANK_PARTS:
             fitted = [mixed(target.shape, share, part) for share in FITTED_SHARES]
             costs = [sum(g.parameters for g in groups) for groups in fitted]
             harms = [fit.groups(weight, metric, g, steps=PRICING_STEPS)[1][-1] for g in fitted]
             logs = [math.log(max(harm, 1e-300)) for harm in harms]
-            for share in SHARES:
-                groups = mixed(target.shape, share, part)
+            for groups in dict.fromkeys(mixed(target.shape, share, part) for share in SHARES):
                 cost = sum(g.parameters for g in groups)
                 if costs[0] <= cost <= costs[-1]:
                     harm = math.exp(np.interp(cost, costs, logs))

@@ -74,10 +74,9 @@ class KroneckerQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         for name, layer in model.named_modules():
-            for head in _tied_to(model, name) if isinstance(layer, KroneckerEmbedding) else ():
-                for mine, its in zip(layer.groups, model.get_submodule(head).groups, strict=True):  # type: ignore[arg-type]
-                    if mine.order is not None:  # of the loaded factors, which only one holds
-                        its.order = mine.order.clone()
+            if isinstance(layer, KroneckerEmbedding):
+                for head in _tied_to(model, name):
+                    _copy_orders(layer, model.get_submodule(head))
         attach(model, self.quantization_config)
         return model
 
@@ -196,6 +195,13 @@ def _refuse_resizing(*_: Any, **__: Any) -> None:
         "the embedding is factored, so tokens can't be added or taken away; fold the model to "
         "dense first (krony export --to dense), resize that, and compress it again"
     )
+
+
+def _copy_orders(layer: KroneckerEmbedding, head: Any) -> None:
+    """Give a tied output matrix the index of interpolative factors, which only one stores."""
+    for mine, its in zip(layer.groups, head.groups, strict=True):
+        if mine.order is not None:
+            its.order = mine.order.clone()  # type: ignore[operator]
 
 
 def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
