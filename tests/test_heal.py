@@ -289,6 +289,7 @@ def test_groups_of_parameters(gpt2):
         ({"recipe": "magic"}, "no recipe 'magic'; there are default, krony-pt, lora"),
         ({"loss": "mse"}, "no loss 'mse'"),
         ({"loss": "kl"}, "the loss kl needs a teacher"),
+        ({"reconstruct": 3}, "reconstruction needs a teacher"),
         ({"tokens": 0}, "0 tokens of training can't be"),
         ({"batch_tokens": 10**6}, "makes 64 blocks, fewer than the 62500 of one step"),
     ],
@@ -297,6 +298,7 @@ def test_bad_settings_are_named_and_nothing_is_left(changes, message, tmp_path):
     config = HealConfig(**{**CONFIG.__dict__, **changes})
     with pytest.raises(KronyError, match=message):
         train(small()[0], config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):

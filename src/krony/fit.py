@@ -196,8 +196,8 @@ def groups(
     """Factors of least harm for every group of a matrix.
 
     Low-rank groups have their closed form given the others; the others start from Van Loan of what
-    is left and are refined together. The iterations run in float32, which costs a third of
-    float64 and is what factors are stored in.
+    is left and are refined together. The iterations run in float32, which is faster and what
+    factors are stored in.
 
     Returns:
         (outer, inner) for each group, and the harm along the way, which never rises.

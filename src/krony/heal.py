@@ -19,7 +19,15 @@ from krony.blocks import Blocks
 from krony.checkpoints import write_json
 from krony.errors import KronyError
 from krony.objective import Objective, returning_loss
-from krony.recipe import RECIPES, Recipe, Stage, add_adapters, freeze_dense, merge_adapters
+from krony.recipe import (
+    RECIPES,
+    Recipe,
+    Stage,
+    add_adapters,
+    check_factored,
+    freeze_dense,
+    merge_adapters,
+)
 from krony.reconstruct import reconstruct
 from krony.speed import fastest_dtype, flops_per_token, peak_bytes
 from krony.training import (
@@ -136,17 +144,24 @@ def heal(
         "dtype": dtype,
         "window": window,
     }
-    settings = _begin(run, settings, resume)
+    # Whatever can't be is found before anything is written.
+    settings = _settled(run, settings, resume)
     dtype = settings["dtype"]
+    objective = Objective(model, parts, teacher, config.temperature)
+    stages = [s for s in recipe.stages if _steps(s, config, window) > 0] or [recipe.stages[0]]
+    for stage in stages:
+        _whole_batches(blocks, _batch(stage, config, window))
+    if recipe.adapters or config.freeze == "dense":
+        check_factored(model)
+    if config.reconstruct and teacher is None:
+        raise KronyError("reconstruction needs a teacher, the dense model; give one")
+    _begin(run, settings)
     errors = {}
-    if config.reconstruct and last_checkpoint(run / "stage-0") is None:
-        if teacher is None:
-            raise KronyError("reconstruction needs a teacher, the dense model; give one")
+    if config.reconstruct and teacher is not None and last_checkpoint(run / "stage-0") is None:
         head = [row["input_ids"] for row in islice(blocks, RECONSTRUCTED)]
         errors = reconstruct(
             model, teacher, torch.tensor(head), config.reconstruct, progress=progress
         )
-    objective = Objective(model, parts, teacher, config.temperature)
     if objective.teacher is not None:
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         objective.teacher.to(model.device, precision)  # type: ignore[arg-type]
@@ -155,7 +170,6 @@ def heal(
     elif config.freeze == "dense":
         freeze_dense(model)
     flops = flops_per_token(model, objective, window)
-    stages = [s for s in recipe.stages if _steps(s, config, window) > 0] or [recipe.stages[0]]
     curve: list[dict[str, float]] = []
     seconds, trained, done = 0.0, 0, 0
     with ExitStack() as stack:
@@ -234,8 +248,8 @@ def _steps(stage: Stage, config: HealConfig, window: int) -> int:
     return int(config.tokens * stage.share) // (_batch(stage, config, window) * window)
 
 
-def _begin(run: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Make the run's directory, or check that the one to resume had the same settings."""
+def _settled(run: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The settings, if the run is new or the one to resume had the same. Raises `KronyError`."""
     path = run / SETTINGS
     if run.exists() and not resume:
         raise KronyError(
@@ -251,16 +265,20 @@ def _begin(run: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
                     f"the run to resume had {key} = {before.get(key)}, not {value}; give the same "
                     "options, or another destination"
                 )
+    return settings
+
+
+def _begin(run: Path, settings: dict[str, Any]) -> None:
+    """Make the run's directory, and mend what a kill left in it."""
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        write_json(run / SETTINGS, settings)
         shutil.rmtree(run / "best.new", ignore_errors=True)
         if not (run / BEST).exists() and (run / "best.old").exists():
             (run / "best.old").rename(run / BEST)
     state.wait_for_everyone()
-    return settings
 
 
 def _trainer(

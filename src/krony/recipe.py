@@ -106,19 +106,30 @@ def parameter_groups(
     ]
 
 
-def freeze_dense(model: nn.Module) -> None:
-    """Leave only the parameters of factored layers to be trained. Raises `KronyError` if none."""
-    model.requires_grad_(False)
+def _factored(model: nn.Module) -> list[nn.Module]:
     kinds = (KroneckerLinear, KroneckerEmbedding)
-    factored = [m for m in model.modules() if isinstance(m, kinds)]
-    if not factored:
+    return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+def check_factored(model: nn.Module) -> None:
+    """Raises `KronyError` if nothing would be left to train beside frozen dense layers."""
+    if not _factored(model):
         raise KronyError("nothing would be trained: the model has no factored layer")
-    for module in factored:
+
+
+def freeze_dense(model: nn.Module) -> None:
+    """Leave only the parameters of factored layers to be trained."""
+    model.requires_grad_(False)
+    for module in _factored(model):
         module.requires_grad_(True)
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """LoRA adapters on the large factors; everything else is frozen. Raises `KronyError`."""
+    """LoRA adapters on the large factors; everything else is frozen.
+
+    Raises:
+        KronyError: peft is not installed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -130,8 +141,6 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         if isinstance(m, KroneckerLinear) and m is not head
         for i in range(len(m.groups))
     ]
-    if not names:
-        raise KronyError("nothing to adapt: the model has no factored layer")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     inject_adapter_in_model(config, model)
 
