@@ -20,8 +20,8 @@ import krony
 from initialisations import WEIGHTS_ONLY, low_rank_plan
 from krony import blocks, calibrate, curves, data, evaluate
 from krony.budget import make_budget_plan
-from krony.checkpoints import write_json
-from krony.docstrings import python_docstrings
+from krony.checkpoints import write_json, write_text
+from krony.docstrings import installed, python_docstrings
 from krony.factorise import DATA
 from krony.families import find_targets
 from krony.limits import parse_count
@@ -110,16 +110,19 @@ def started(start: str, folder: Path) -> transformers.PreTrainedModel:
     return krony.load_model(path, torch.float32)
 
 
+def held_out_docstrings(work: Path) -> data.Text:
+    """Of every installed package; kept in `work`, since reading them takes minutes."""
+    path = work / f"docstrings-{installed()[:16]}.txt"
+    if not path.exists():
+        write_text(path, data.SEPARATOR.join(python_docstrings("validation")))
+    return data.Text("docstrings", path.read_text(encoding="utf-8"), "held out")
+
+
 def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     """Start, heal, measure on both held-out texts, and write the cell's JSON."""
     tokenizer = krony.load_tokenizer("demo")
     model = started(cell.start, work)
-    texts = {
-        "topics": data.load_text("python-docs"),
-        "docstrings": data.Text(
-            "docstrings", data.SEPARATOR.join(python_docstrings("validation")), "held out"
-        ),
-    }
+    texts = {"topics": data.load_text("python-docs"), "docstrings": held_out_docstrings(work)}
     ids = {name: evaluate.tokenize(tokenizer, text)[:EVALUATED] for name, text in texts.items()}
     before = {name: evaluate.perplexity(model, i).perplexity for name, i in ids.items()}
     training = blocks.load_blocks(["python-docstrings"], tokenizer, WINDOW)

@@ -1,7 +1,29 @@
-"""The picture of a healing run, or of several side by side."""
+"""The curve of a healing run, and the picture of one or of several side by side."""
 
 from pathlib import Path
 from typing import Any
+
+
+def points(log: list[dict[str, Any]], done: int, batch_tokens: int) -> list[dict[str, float]]:
+    """Held-out losses of one stage, each with the mean training loss since the one before.
+
+    Args:
+        log: transformers' log history.
+        done: tokens before the stage.
+        batch_tokens: tokens in a step of it.
+    """
+    found: list[dict[str, float]] = []
+    between: list[float] = []
+    for entry in log:
+        if "loss" in entry:
+            between.append(entry["loss"])
+        if "eval_loss" in entry:
+            point = {"tokens": done + entry["step"] * batch_tokens, "held_out": entry["eval_loss"]}
+            if between:
+                point["training"] = sum(between) / len(between)
+            found.append(point)
+            between = []
+    return found
 
 
 def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> None:

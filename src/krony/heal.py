@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from krony import losses
+from krony import curves, losses
 from krony.blocks import Blocks
 from krony.checkpoints import write_json
 from krony.errors import KronyError
@@ -198,7 +198,7 @@ def heal(
             watch = Watch(config.save_minutes * 60, _reporter(progress, size * window))
             trainer.add_callback(watch)
             _train(trainer, watch, folder)
-            points = _curve(trainer, done, size * window)
+            points = curves.points(trainer.state.log_history, done, size * window)
             curve += points
             done += steps * size * window
             seconds, trained = seconds + watch.seconds, trained + watch.steps * size * window
@@ -383,22 +383,6 @@ def _owes_evaluation(checkpoint: Path, every: int) -> bool:
     return due and not any(
         "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
     )
-
-
-def _curve(trainer: HealTrainer, done: int, batch_tokens: int) -> list[dict[str, float]]:
-    """Evaluations of one stage with the mean training loss in between."""
-    points: list[dict[str, float]] = []
-    between: list[float] = []
-    for entry in trainer.state.log_history:
-        if "loss" in entry:
-            between.append(entry["loss"])
-        if "eval_loss" in entry:
-            point = {"tokens": done + entry["step"] * batch_tokens, "held_out": entry["eval_loss"]}
-            if between:
-                point["training"] = sum(between) / len(between)
-            points.append(point)
-            between = []
-    return points
 
 
 def _reporter(progress: Report | None, batch_tokens: int) -> Callable[..., None] | None:
