@@ -7,6 +7,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+import krony
+from krony.data import load_text
+
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 LLAMA = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -48,6 +51,22 @@ def tiny(family: str, **changes: object) -> hf.PreTrainedModel:
     for name, value in changes.items():
         setattr(config, name, value)
     return hf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def healing_inputs(folder: Path) -> Path:
+    """A tiny factored GPT-2 ("small") with the packaged tokenizer, the "dense" one, "text.txt"."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(
+        vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=32,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.GPT2LMHeadModel(config)
+    tokenizer = krony.load_tokenizer("demo")
+    krony.save_model(model, folder / "dense", tokenizer)
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
+    krony.save_model(model, folder / "small", tokenizer)
+    (folder / "text.txt").write_text(load_text("python-docs").text[:8000])
+    return folder
 
 
 def dense_sum(outer: Tensor, inner: Tensor) -> Tensor:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
 
 import krony
-from helpers import logits
-from krony.data import load_text
+from helpers import healing_inputs, logits
 
 LAUNCHED = str(Path(__file__).parent / "launched.py")
 ALONE = [sys.executable, LAUNCHED]
@@ -34,20 +32,7 @@ OPTIONS = ["--window", "16", "--tokens", "768", "--batch-tokens", "64", "--eval-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A tiny factored GPT-2 with the packaged tokenizer, its dense teacher, and a text."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    config = hf.GPT2Config(
-        vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=32,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = hf.GPT2LMHeadModel(config)
-    tokenizer = krony.load_tokenizer("demo")
-    krony.save_model(model, folder / "dense", tokenizer)
-    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
-    krony.save_model(model, folder / "small", tokenizer)
-    (folder / "text.txt").write_text(load_text("python-docs").text[:8000])
-    return folder
+    return healing_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def heal(inputs: Path, name: str, launcher: list[str], way: dict, *options: str):

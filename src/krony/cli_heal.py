@@ -136,15 +136,15 @@ def heal_command(
             held_out = held_out.select(range(most))
     with progress_bar() as bar:
         task = bar.add_task("Healing", total=None)
-        seen: list[str] = []
+        latest = -1
 
         def progress(what: str, step: int, steps: int) -> None:
+            nonlocal latest
             bar.update(task, description=what, completed=step, total=steps)
-            # In a file, a line at each evaluation instead of the bar.
-            held = what.partition("held-out ")[2].partition(",")[0]
-            if bar.disable and held and held not in seen[-1:]:
-                seen.append(held)
+            # In a file, a line at each evaluation, the second call at a step, instead of the bar.
+            if bar.disable and step == latest:
                 out.print(f"step {step} of {steps}: {what}")
+            latest = step
 
         record = heal(
             model,

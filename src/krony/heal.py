@@ -129,7 +129,8 @@ def heal(
         run: directory for checkpoints; must not exist unless `resume`.
         evaluation: held-out blocks.
         teacher: the dense model, for "kl" and "features".
-        progress: called with (what, step, steps) after every step.
+        progress: called with (what, step, steps) after every step, and once more with the same
+            step after an evaluation.
     Raises:
         KronyError: settings that can't be, or differ from those of the run to resume; a loss that
             became NaN. `Stopped`: a signal came; the run can be resumed.
@@ -144,7 +145,7 @@ def heal(
         "dtype": dtype,
         "window": window,
     }
-    # Whatever can't be is found before anything is written.
+    # Whatever can't be is found before anything is written:
     settings = _settled(run, settings, resume)
     dtype = settings["dtype"]
     objective = Objective(model, parts, teacher, config.temperature)
