@@ -128,6 +128,17 @@ def test_accumulation_does_not_change_the_run(tmp_path):
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_gradient_checkpointing_does_not_change_the_run(loss, tmp_path):
+    (first, teacher), (second, _) = small(), small()
+    config = {**CONFIG.__dict__, "loss": loss}
+    one = train(first, HealConfig(**config), tmp_path / "one", teacher)
+    less = HealConfig(**{**config, "gradient_checkpointing": True})
+    two = train(second, less, tmp_path / "two", teacher)
+    for a, b in zip(one.curve, two.curve, strict=True):
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
+
+
 class _Killed(BaseException):
     pass
 
@@ -290,6 +301,7 @@ def test_groups_of_parameters(gpt2):
         ({"loss": "mse"}, "no loss 'mse'"),
         ({"loss": "kl"}, "the loss kl needs a teacher"),
         ({"reconstruct": 3}, "reconstruction needs a teacher"),
+        ({"dtype": "float16"}, "no autocast to 'float16'; give bfloat16 or float32"),
         ({"tokens": 0}, "0 tokens of training can't be"),
         ({"batch_tokens": 10**6}, "makes 64 blocks, fewer than the 62500 of one step"),
     ],

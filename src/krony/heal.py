@@ -229,6 +229,8 @@ def _recipe(model: PreTrainedModel, config: HealConfig) -> Recipe:
         raise KronyError(f"no recipe {config.recipe!r}; there are {', '.join(RECIPES)}")
     if config.tokens < 1:
         raise KronyError(f"{config.tokens} tokens of training can't be; give at least one batch")
+    if config.dtype not in (None, "bfloat16", "float32"):
+        raise KronyError(f"no autocast to {config.dtype!r}; give bfloat16 or float32")
     width = model.config.get_text_config().hidden_size
     recipe = RECIPES[config.recipe](width, config.tokens)
     if config.learning_rate is None:
