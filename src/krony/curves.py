@@ -40,7 +40,7 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     for label, curve in runs.items():
         tokens = [point["tokens"] / 1e6 for point in curve]
         held_out = [point["held_out"] for point in curve]
-        (line,) = axes.plot(tokens, held_out, marker=".", label=f"{label} held-out".strip())
+        (line,) = axes.plot(tokens, held_out, marker=".", label=label or "held-out")
         if len(runs) == 1:
             later = [
                 (t, p["training"]) for t, p in zip(tokens, curve, strict=True) if "training" in p
@@ -53,7 +53,7 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     tops = sorted(point["held_out"] for curve in runs.values() for point in curve)
     axes.set_ylim(top=min(tops[-1], max(ends) + 1.5) + 0.05)
     axes.set_xlabel("million tokens of training")
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats a token" if len(runs) == 1 else "held-out loss, nats a token")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
