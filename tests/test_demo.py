@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from krony import INITS, budget, checkpoints, demo, fit, load_model, load_tokenizer
+from krony import INITS, budget, checkpoints, demo, docstrings, fit, load_model, load_tokenizer
 
 # Sixteen windows, for speed, are few; the warning says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -15,10 +15,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        # Few candidates, and rough fits: a minute less.
+        # Few candidates, rough fits, the docstrings of two packages: a minute less.
+        few = docstrings.python_docstrings("train", ("asyncio", "email"))
+        patch.setattr(docstrings, "python_docstrings", lambda *_: few)
         patch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
         patch.setattr(budget, "PRICING_STEPS", 1)
-        patch.setattr(fit, "STEPS", 4)
+        patch.setattr(fit, "STEPS", 2)
         torch.set_num_threads(2)
         yield folder, demo.run(folder / "out", characters=12_000, windows=16)
     torch.set_num_threads(1)

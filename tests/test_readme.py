@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 import krony
-from krony import budget, cli_heal, data, docstrings, fit
+from krony import budget, calibrate, cli_heal, data, docstrings, fit
 from krony.limits import parse_count
 from krony.schemes import SCHEMES
 
@@ -27,11 +27,13 @@ def test_commands_run_in_order(run, tmp_path, monkeypatch):
     head = data.Text(full.name, full.text[:20_000], full.origin)
     monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
     monkeypatch.setattr(budget, "PRICING_STEPS", 1)
-    monkeypatch.setattr(fit, "STEPS", 4)
+    monkeypatch.setattr(fit, "STEPS", 2)
+    windows = calibrate.calibration_windows
+    monkeypatch.setattr(calibrate, "calibration_windows", lambda *a, **k: windows(*a, **k)[:16])
     monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
     # A step of healing instead of five hundred, on a few docstrings.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    few = docstrings.python_docstrings("train", ("asyncio", "email", "unittest"))
+    few = docstrings.python_docstrings("train", ("asyncio", "email"))
     monkeypatch.setattr(docstrings, "python_docstrings", lambda *_: few)
     monkeypatch.setattr(cli_heal, "parse_count", lambda *a: parse_count(*a) and 4096)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
