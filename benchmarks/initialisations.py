@@ -32,6 +32,7 @@ from krony.factorise import DATA
 from krony.families import dense_weight, find_targets
 from krony.fit import Metric, is_low_rank, spectrum
 from krony.limits import Candidate, choose
+from krony.plan import matrix_plan
 from krony.sequential import DataOptions
 from krony.tables import factors_text
 
@@ -43,19 +44,11 @@ Kept = Callable[[Candidate], Candidate | None]
 
 def low_rank_plan(targets: list[Any], ranks: list[int]) -> krony.Plan:
     """The low-rank corner at the given ranks."""
-    return krony.Plan(
-        tuple(
-            krony.MatrixPlan(
-                t.name,
-                t.shape,
-                (krony.Factors((t.shape[0], 1), (1, t.shape[1]), rank),),
-                False,
-                t.bias,
-                t.conv1d,
-            )
-            for t, rank in zip(targets, ranks, strict=True)
-        )
-    )
+    matrices = [
+        matrix_plan(t, (krony.Factors((t.shape[0], 1), (1, t.shape[1]), rank),))
+        for t, rank in zip(targets, ranks, strict=True)
+    ]
+    return krony.Plan(tuple(matrices))
 
 
 class Bench:

@@ -8,7 +8,6 @@ python benchmarks/scale.py [--measured 4] [--parts moments algebra following]
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from krony.evaluate import environment
 from krony.factorise import DATA
 from krony.families import Target, dense_weight, find_targets
 from krony.plan import Plan, matrix_plan
+from krony.speed import peak_bytes
 
 PARTS = ("moments", "algebra", "following")
 WINDOWS, BLOCKS = 128, 12
@@ -39,11 +39,6 @@ def structures(target: Target) -> dict[str, tuple[krony.Factors, ...]]:
         "balanced sum": (sized(*balanced_shapes(target.shape), 0.25),),
         "low rank and balanced sum": mixed(target.shape, 0.25, 0.45),
     }
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -75,7 +70,7 @@ def main() -> None:
             "measured_windows": arguments.measured,
             "measured_seconds": seconds,
             "seconds": seconds * scale,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_bytes(model),
         }
         print(record["moments"], flush=True)
     moments = calibrate.calibrate(model, windows, [t.name for t in first])
@@ -112,7 +107,7 @@ def main() -> None:
             "measured_windows": arguments.measured,
             "measured_seconds_a_block": seconds,
             "seconds": seconds * scale * BLOCKS,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_bytes(model),
         }
         print(record["following"], flush=True)
     write_json(arguments.out, record)

@@ -8,7 +8,6 @@ python benchmarks/training.py [--scheme 81M] [--window 1024] [--batch 1] [--repe
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from krony import evaluate
 from krony.checkpoints import write_json
 from krony.layers import KroneckerLinear
 from krony.objective import Objective, returning_loss
-from krony.speed import fastest_dtype, flops_per_token
+from krony.speed import fastest_dtype, flops_per_token, peak_bytes
 
 KINDS = ("dense", "factored", "torch.kron")
 
@@ -110,10 +109,7 @@ def main() -> None:
     if arguments.only:
         step = Step(arguments.only, arguments, arguments.dtype, device)
         step(), step()
-        if device == "cuda":
-            print(torch.cuda.max_memory_allocated() / 1e9)
-        else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        print(peak_bytes(step.model) / 1e9)
         return
     arguments.dtype = arguments.dtype or fastest_dtype(torch.device(device))
     memory = {kind: peak(kind, arguments) for kind in KINDS}

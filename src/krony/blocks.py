@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from krony import data, docstrings
 from krony.errors import KronyError
 
-SELF = "self"
 DOCUMENTS = 1000  # tokenised and joined at a time
 PIECE = 1_000_000  # characters; longer documents are tokenised in pieces, cut at line ends
 SHUFFLE = 10_000  # blocks in the shuffling buffer of a stream

@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from krony import blocks as blocks_module
 from krony import checkpoints, curves, evaluate
-from krony.blocks import SELF, Blocks
-from krony.calibrate import sample
+from krony.blocks import Blocks
+from krony.calibrate import SELF, sample
 from krony.cli_options import Destination, Device, Source, err, out, progress_bar
 from krony.errors import KronyError
 from krony.heal import HealConfig, HealRecord, heal
@@ -95,19 +95,19 @@ def heal_command(
     checkpoints.check_destination(destination)
     run = destination.with_name(destination.name + ".run")
     config = HealConfig(
-        tokens=_count(tokens, "--tokens") or 0,
+        tokens=parse_count(tokens, "--tokens") or 0,
         recipe=recipe.value,
         loss=loss,
         temperature=temperature,
         learning_rate=learning_rate,
-        batch_tokens=_count(batch_tokens, "--batch-tokens"),
+        batch_tokens=parse_count(batch_tokens, "--batch-tokens"),
         reconstruct=reconstruct,
         freeze=freeze.value,
-        eval_every=_count(eval_every, "--eval-every"),
+        eval_every=parse_count(eval_every, "--eval-every"),
         save_minutes=save_minutes,
         keep=keep,
         dtype=dtype,
-        micro_tokens=_count(micro_tokens, "--micro-tokens"),
+        micro_tokens=parse_count(micro_tokens, "--micro-tokens"),
         gradient_checkpointing=gradient_checkpointing,
         compile=compiled,
         log_to=log_to,
@@ -115,9 +115,10 @@ def heal_command(
     )
     where = str(state.device)
     tokenizer = checkpoints.load_tokenizer(source)
-    stored = checkpoints.load_model(source).dtype
+    model = checkpoints.load_model(source, device=where)
+    stored = model.dtype
     # Trained in float32 whatever the file holds: updates are smaller than half precision resolves.
-    model = checkpoints.load_model(source, torch.float32, where)
+    model.float()
     dense = checkpoints.load_model(teacher, torch.float32, where) if teacher else None
     window = window or min(1024, evaluate.context_length(model))
     if not 2 <= window <= evaluate.context_length(model):
@@ -232,7 +233,3 @@ def _write(
         curves.draw({"": record.curve}, folder / "heal.png", "Healing")
 
     checkpoints.save_model(model, destination, tokenizer, also=also)
-
-
-def _count(text: str | None, option: str) -> int | None:
-    return parse_count(text, option)

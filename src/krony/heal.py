@@ -12,7 +12,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 
 from krony import curves, losses
 from krony.blocks import Blocks
@@ -344,9 +344,7 @@ def _trainer(
         recipe=recipe,
         best=folder.parent / BEST,
     )
-    trainer.callback_handler.callbacks = [
-        c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
-    ]
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -392,10 +390,15 @@ def _reporter(progress: Report | None, batch_tokens: int) -> Callable[..., None]
     if progress is None:
         return None
 
+    last: dict[str, float] = {}
+    read = 0
+
     def report(state: TrainerState, step_seconds: float) -> None:
-        last: dict[str, float] = {}
-        for entry in state.log_history:
-            last |= {k: v for k, v in entry.items() if k in ("loss", "eval_loss")}
+        nonlocal read
+        # Only what is new: the history has an entry for every step.
+        for entry in state.log_history[read:]:
+            last.update({k: v for k, v in entry.items() if k in NAMES})
+        read = len(state.log_history)
         texts = [f"{name} {last[k]:.3f}" for k, name in NAMES.items() if k in last]
         speed = f"{batch_tokens / step_seconds:,.0f} tokens/s"
         progress(", ".join([*texts, speed]), state.global_step, state.max_steps)

@@ -88,9 +88,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Four groups at most: factors or not, with weight decay or not."""
     factored: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
-            factored |= {id(p) for name, p in module.named_parameters() if name != "bias"}
+    for module in _factored(model):
+        factored |= {id(p) for name, p in module.named_parameters() if name != "bias"}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -180,7 +180,8 @@ class HealTrainer(Trainer):
         weights: dict[str, Any] = {}
         for path in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             weights |= load_file(path)
-        own = {name: value for name, value in weights.items() if name in self.model.state_dict()}
+        known = self.model.state_dict().keys()
+        own = {name: value for name, value in weights.items() if name in known}
         set_model_state_dict(
             self.model, own, options=StateDictOptions(full_state_dict=True, strict=False)
         )
