@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 import krony
-from krony import budget, calibrate, cli_heal, data, docstrings, fit
+from krony import bench, budget, calibrate, cli_heal, data, docstrings, fit
 from krony.limits import parse_count
 from krony.schemes import SCHEMES
 
@@ -36,6 +36,9 @@ def test_commands_run_in_order(run, tmp_path, monkeypatch):
     few = docstrings.python_docstrings("train", ("asyncio", "email"))
     monkeypatch.setattr(docstrings, "python_docstrings", lambda *_: few)
     monkeypatch.setattr(cli_heal, "parse_count", lambda *a: parse_count(*a) and 4096)
+    for name, value in (("MOST", 1), ("NEW", 2), ("PREFILLS", (16,))):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 6
     for command in commands:

@@ -14,6 +14,7 @@ import transformers
 import typer
 
 from krony import checkpoints, data, evaluate, info, schemes, tables
+from krony.cli_bench import bench_command
 from krony.cli_compress import compress_command, plan_command
 from krony.cli_heal import heal_command
 from krony.cli_options import (
@@ -87,6 +88,7 @@ def schemes_command(
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("heal")(heal_command)
+app.command("bench")(bench_command)
 
 
 @app.command("evaluate")

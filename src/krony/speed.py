@@ -1,6 +1,8 @@
 """What a training step costs, and what the device is best at."""
 
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +43,17 @@ def peak_bytes(model: PreTrainedModel) -> int:
     """Peak memory of this process: on the GPU if the model is there, else resident."""
     if model.device.type == "cuda":
         return torch.cuda.max_memory_allocated(model.device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held resident."""
+    # Not getrusage on Linux: a process starts there with the peak of the one that started it.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

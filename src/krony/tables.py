@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -227,6 +228,61 @@ def demo_table(record: dict[str, Any]) -> Table:
             "equal" if row["reloaded_equal"] else "DIFFERS",
         )
     return made
+
+
+def bench_table(record: dict[str, Any], absolute: bool) -> Table:
+    """A row a measurement of `krony bench`; `absolute` times mean something on a GPU only."""
+    models, settings = record["models"], record["settings"]
+    names = [_role(record, role) for role in models]
+    title = f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads"
+    made = table(title, "measured")
+    extra = ["speed", "spread"] if len(models) > 1 else []
+    units = ("ms", "tokens/s") if absolute else ()
+    seconds = [f"{name}, {unit}" for name in names for unit in units]
+    for column in [*seconds, *extra, *(f"{name}, of roofline" for name in names), "limit"]:
+        made.add_column(column, justify="right")
+    for row in record["rows"]:
+        figures = [row["models"][role] for role in models]
+        cells = []
+        for f in figures if absolute else []:
+            speed = f.get("tokens_per_second")
+            cells += [f"{1e3 * f['seconds']:,.2f}", "-" if speed is None else f"{speed:,.1f}"]
+        if extra:
+            low, high = figures[0]["speed_spread"]
+            cells += [times(figures[0]["speed"]), f"{low:.2f} to {high:.2f}"]
+        roofs = [f.get("roofline") for f in figures]
+        cells += ["-" if roof is None else percent(roof["share"]) for roof in roofs]
+        made.add_row(row["name"], *cells, roofs[0]["limit"] if roofs[0] else "-")
+    return made
+
+
+def takes_table(record: dict[str, Any]) -> Table:
+    """What the models of `krony bench` take: parameters, bytes on disk, memory."""
+    models = record["models"]
+    made = table("", "what it takes", *(_role(record, role) for role in models))
+    if len(models) > 1:
+        made.add_column("share", justify="right")
+    for key, name in (
+        ("parameters", "parameters"),
+        ("disk_bytes", "on disk"),
+        ("peak_bytes", "peak memory"),
+    ):
+        values = [m[key] for m in models.values()]
+        cells = [f"{v:,}" if key == "parameters" else megabytes(v) for v in values]
+        made.add_row(name, *cells, *([_share(*values)] if len(values) > 1 else []))
+    return made
+
+
+def _role(record: dict[str, Any], role: str) -> str:
+    """The name of a model's directory or of the model on the Hub."""
+    name = PurePath(record["models"][role]["source"]).name
+    names = [PurePath(m["source"]).name for m in record["models"].values()]
+    return name if len(set(names)) == len(names) else record["models"][role]["source"]
+
+
+def times(ratio: float) -> str:
+    """0.934 as 0.93x; what is below one is never rounded up to it."""
+    return f"{min(ratio, 0.99) if ratio < 1 else ratio:.2f}x"
 
 
 def number(value: float) -> str:

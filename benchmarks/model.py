@@ -1,0 +1,104 @@
+"""Whole GPT-2-shaped models with random weights: decode and prefill, factored against dense.
+
+All models take turns in one process (`krony.bench`); greedy decode of 128 tokens at batch 1 under
+a bare loop over the forward and under transformers' generate, and a prefill.
+
+python benchmarks/model.py [--layers 12] [--prefill 1024] [--new 128] [--threads 1 2]
+                           [--dtypes float32 bfloat16]
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import krony
+from krony import bench, evaluate, info
+from krony.checkpoints import DTYPES, write_json
+from krony.runtimes import Runner
+from krony.tables import times
+
+# The paper's models by the shape of the large factor (c_fc's; c_proj gets its transpose).
+MODELS = {
+    "dense": None,
+    "81M, (1536, 384) x (2, 2)": {"shape": (1536, 384)},
+    "81M, (768, 768) x (4, 1)": {"shape": (768, 768)},
+    "96M, (1536, 768) x (2, 1)": {"shape": (1536, 768)},
+    "92M-4, 4 of (1024, 256) x (3, 3)": {"shape": (1024, 256), "terms": 4},
+}
+REFERENCE = "dense"
+
+
+def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
+    """GPT-2 small with so many layers, or it with factored MLPs."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=layers, n_positions=context)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    if MODELS[name] is not None:
+        krony.compress(model, krony.make_plan(model, **MODELS[name]), init="random")
+    return model
+
+
+def workloads(arguments: argparse.Namespace, device: torch.device) -> list[bench.Workload]:
+    """Decode under both runtimes, and a prefill, of random tokens."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    ids = torch.randint(50_257, (1, arguments.prefill), generator=generator).to(device)
+    prompt = ids[:, : bench.PROMPT]
+    decodes = [bench.decode(prompt, arguments.new, r) for r in ("bare loop", "generate")]
+    return [*decodes, bench.prefill(ids)]
+
+
+def cell(figures: dict[str, Any]) -> str:
+    """Speed with its spread, and the share of the roofline."""
+    share = f"{100 * figures['roofline']['share']:.0f} %"
+    if "speed" not in figures:
+        return f"1.00x, {share}"
+    low, high = figures["speed_spread"]
+    return f"{times(figures['speed'])} ({low:.2f} to {high:.2f}), {share}"
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = dict.fromkeys([REFERENCE, *arguments.models])
+    context = max(arguments.prefill, bench.PROMPT + arguments.new)
+    models = {name: build(name, arguments.layers, context).to(device) for name in names}
+    loads = workloads(arguments, device)
+    settings = {k: v for k, v in vars(arguments).items() if k != "out"} | {"device": str(device)}
+    record: dict[str, Any] = {
+        "settings": settings,
+        "parameters": {name: info.parameters(model) for name, model in models.items()},
+        "environment": evaluate.environment(),
+        "runs": [],
+    }
+    print("| dtype, threads | model |", " | ".join(load.name for load in loads), "|")
+    print("|---|---|" + "---|" * len(loads))
+    for dtype in arguments.dtypes:
+        runners = {name: Runner(model.to(DTYPES[dtype])) for name, model in models.items()}
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            rows, rates = bench.measure(runners, loads, REFERENCE)
+            record["runs"].append(
+                {"dtype": dtype, "threads": threads, "machine": rates, "rows": rows}
+            )
+            for name in names:
+                cells = " | ".join(cell(row["models"][name]) for row in rows)
+                print(f"| {dtype}, {threads} | {name} | {cells} |", flush=True)
+            write_json(arguments.out, record)  # after each part: the whole takes long
+    print(f"\nSpeed against dense (spread over rounds), share of the roofline. {settings}")
+
+
+if __name__ == "__main__":
+    main()
