@@ -14,6 +14,7 @@ from krony.heal import HealConfig, HealRecord, heal
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
+from krony.quantize import quantize
 from krony.schemes import SCHEMES, Factors
 from krony.sequential import DataOptions
 
@@ -42,5 +43,6 @@ __all__ = [
     "make_budget_plan",
     "make_plan",
     "perplexity",
+    "quantize",
     "save_model",
 ]
