@@ -23,15 +23,26 @@ from krony.families import find_targets
 from krony.modeling import KroneckerQuantizer
 from krony.plan import Plan, matrix_plan
 
-# A process without krony and scipy: loads every directory, runs it, saves it, loads that again.
+# A process without krony and scipy. It loads every directory, runs it, saves it, loads that again;
+# without trust it stops instead of loading noise; krony, imported at last, takes over.
 PROCESS = """
 import sys
 sys.modules["krony"] = sys.modules["scipy"] = None
 import torch, transformers as hf
 hf.logging.disable_progress_bar()
 ids = torch.arange(24).reshape(2, 12) % 90
+
+def load(folder, trust=True):
+    found = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    return found.eval()
+
+try:
+    load(sys.argv[1], trust=False)
+except RuntimeError as error:
+    assert "mismatch" in str(error)
+else:
+    raise SystemExit("it loaded noise")
 for folder in sys.argv[1:]:
-    load = lambda where: hf.AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True).eval()
     model = load(folder)
     with torch.inference_mode():
         found = model(input_ids=ids).logits
@@ -40,7 +51,11 @@ for folder in sys.argv[1:]:
     model.save_pretrained(folder + "-again")
     with torch.inference_mode():
         assert torch.equal(load(folder + "-again")(input_ids=ids).logits, found)
-    print(type(model).__name__)
+    assert type(model.hf_quantizer).__module__.endswith(".krony_modeling")
+    print(type(model).__module__.rpartition(".")[2], type(model).__name__)
+del sys.modules["krony"], sys.modules["scipy"]
+import krony
+assert type(load(sys.argv[1]).hf_quantizer).__module__ == "krony.modeling"
 """
 
 
@@ -71,11 +86,12 @@ def variants():
 
 @pytest.fixture(scope="module")
 def contained(tmp_path_factory):
-    """Directories of all variants, their logits, and the class that the process found in each."""
-    root, expected = tmp_path_factory.mktemp("contained"), {}
+    """Directories of all variants, and their logits."""
+    root, expected, classes = tmp_path_factory.mktemp("contained"), {}, []
     for name, model in variants().items():
         export.self_contained(model, root / name)
         expected[name] = logits(model)
+        classes.append(f"modeling_krony {type(model).__name__}")
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, *(str(root / name) for name in expected)],
         capture_output=True,
@@ -83,56 +99,34 @@ def contained(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return root, expected, dict(zip(expected, done.stdout.split(), strict=True))
+    assert done.stdout.splitlines() == classes
+    return root, expected
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "tied", "untied", "interpolative", "half", "int4"])
 def test_it_runs_where_krony_is_not_installed(name, contained):
-    root, expected, classes = contained
+    root, expected = contained
     found = torch.load(root / f"{name}.pt", weights_only=True)
     assert torch.equal(found, expected[name])
-    assert classes[name].startswith("Krony")
     assert {p.suffix for p in (root / name).iterdir()} == {".py", ".json", ".safetensors"}
 
 
 @pytest.mark.parametrize("name", ["interpolative", "int4"])
 def test_it_loads_with_krony_imported(name, contained):
-    root, expected, classes = contained
+    root, expected = contained
     for folder in (name, f"{name}-again"):
         model = hf.AutoModelForCausalLM.from_pretrained(root / folder, trust_remote_code=True)
-        assert type(model).__name__ == classes[name]
+        assert type(model).__module__.endswith("modeling_krony")
         assert torch.equal(logits(model.eval()), expected[name])
         # krony's own loader, so that krony's functions know the model.
         assert type(model.hf_quantizer) is KroneckerQuantizer
         assert any(isinstance(m, KroneckerLinear) for m in model.modules())
         assert torch.equal(logits(load_model(root / folder)), expected[name])
     export.self_contained(model, root / f"{name}-third")
-    assert torch.equal(logits(load_model(root / f"{name}-third")), expected[name])
-
-
-def test_krony_may_be_imported_later(contained):
-    root, _, _ = contained
-    script = (
-        "import sys, transformers as hf\n"
-        "load = lambda **o: hf.AutoModelForCausalLM.from_pretrained(sys.argv[1], **o)\n"
-        "load(trust_remote_code=True)\n"
-        "import krony\n"
-        "print(type(load(trust_remote_code=True).hf_quantizer).__module__)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root / "gpt2")], capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "krony.modeling", done.stderr
-
-
-def test_without_trust_it_stops_instead_of_loading_noise(contained):
-    root, _, _ = contained
-    script = "import sys, transformers as hf; hf.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root / "gpt2")], capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "kronecker" in done.stderr
+    plain = load_model(root / f"{name}-third")
+    assert torch.equal(logits(plain), expected[name])
+    plain.save_pretrained(root / f"{name}-plain")
+    assert "auto_map" not in json.loads((root / f"{name}-plain" / "config.json").read_text())
 
 
 def test_the_code_is_the_package_s_own():
@@ -258,7 +252,7 @@ def test_self_contained_from_the_command_line(run, tmp_path):
     assert code == 0, err
     assert "self-contained" in out
     config = json.loads((there / "config.json").read_text())
-    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_krony.KronyGPT2LMHeadModel"}
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_krony.GPT2LMHeadModel"}
     assert (there / "tokenizer.json").is_file()
     assert run("info", there)[0] == 0
     code, _, err = run("export", inputs / "dense", inputs / "dst", "--to", "self-contained")

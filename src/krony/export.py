@@ -166,14 +166,14 @@ def self_contained(
             f"{type(model).__name__} is no class of transformers, so its code would be missing; "
             "export it with --to dense"
         )
-    name = f"Krony{base.__name__}"
+    name = base.__name__
 
     def write_code(folder: Path) -> None:
         modules = _needed("modeling")
         for module in modules:
             (folder / f"krony_{module}.py").write_text(_detached(module), encoding="utf-8")
         imports = "\n".join(f"from .krony_{m} import __doc__ as _{m}" for m in sorted(modules))
-        code = _MODEL.format(name=name, base=base.__name__, imports=imports)
+        code = _MODEL.format(name=name, imports=imports)
         (folder / "modeling_krony.py").write_text(code, encoding="utf-8")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_krony.{name}"}
@@ -182,20 +182,25 @@ def self_contained(
     return save_model(model, destination, tokenizer, also=write_code)
 
 
-_MODEL = '''"""{base} with factored matrices, for trust_remote_code=True. Written by krony export.
+_MODEL = '''"""{name} with factored matrices, for trust_remote_code=True. Written by krony export.
 
 The files krony_*.py are copies of the modules of krony (Apache-2.0). The import of krony_modeling
 registers the loader, which puts the factored layers in place from config.json.
 """
 
-from transformers import {base}
+import transformers
 
 # All of them by name: transformers copies the files that are imported in this form.
 {imports}
 
 
-class {name}({base}):
-    """{base}; its matrices are sums of Kronecker products."""
+class {name}(transformers.{name}):
+    """The architecture's own class; its matrices are sums of Kronecker products."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what transformers converts for this class, by its name, is to be converted."""
+        return False
 '''
 _IMPORT = re.compile(r"^from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
 

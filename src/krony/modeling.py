@@ -195,6 +195,9 @@ def attach(model: Any, config: KroneckerConfig) -> None:
         if getattr(module, "config", None) is shared:
             module.config = own
     own.quantization_config = config
+    # The code of a self-contained directory is saved again by the class in it, and by no other.
+    if not model.is_remote_code() and "modeling_krony" in str(getattr(own, "auto_map", "")):
+        del own.auto_map
     model.hf_quantizer = KroneckerQuantizer(config)
     model.quantization_method = METHOD
     # transformers forbids .float(), .half() and training on what it takes for quantised models;
