@@ -4,6 +4,13 @@ Importing it registers the loader: from then on `AutoModelForCausalLM.from_pretr
 factored models.
 """
 
+import logging
+
+# Where torchao is installed, transformers imports it, and it tells everyone of GPU libraries that
+# do not fit and of torch's deprecations: noise before every command.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 from krony.budget import BudgetPlan, make_budget_plan
 from krony.calibrate import calibration_windows
 from krony.checkpoints import load_model, load_tokenizer, save_model

@@ -3,6 +3,7 @@
 from enum import StrEnum
 from typing import Annotated
 
+import torch
 import typer
 
 from krony import checkpoints, export, info, tables
@@ -80,7 +81,7 @@ def export_command(
     tokenizer = checkpoints.find_tokenizer(source)
     wanted = checkpoints.DTYPES[dtype.value] if dtype else None
     if to is Form.onnx:
-        model = checkpoints.load_model(source, wanted)
+        model = checkpoints.load_model(source, wanted or torch.float32)
         difference = export.onnx(model, destination, tokenizer)
         size = tables.megabytes(checkpoints.directory_bytes(destination, "model.onnx*"))
         out.print(

@@ -7,7 +7,6 @@ In the file a quantised linear layer `x` has, in the place of `x.weight` (m, n):
 """
 
 import importlib
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,9 +94,6 @@ def is_quantised(weight: Tensor) -> bool:
 
 def torchao() -> Any:
     """torchao.quantization. Raises `KronyError` where it is not installed, or too old."""
-    # Its optional GPU libraries and torch's deprecations are no news for who quantises.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         found = importlib.import_module("torchao.quantization")
         _ = found.Int8Tensor, found.IntxUnpackedToInt8Tensor
