@@ -256,6 +256,18 @@ BAD = {
         ["plan", "demo", "--small", "2x2", "--json", "{short}/x.json"],
         "can't write",
     ),
+    "quantising an unknown model": (["quantize", "no/model", "{dst}"], "can't find a model"),
+    "quantising into a place": (["quantize", "demo", "{there}"], "exists already"),
+    "quantising nan": (["quantize", "{nan}", "{dst}"], "h.1.mlp.c_fc has NaN or Inf in it"),
+    "self-contained dense": (
+        ["export", "demo", "{dst}", "--to", "self-contained"],
+        "is a dense model already",
+    ),
+    "onnx into a place": (["export", "demo", "{there}", "--to", "onnx"], "exists already"),
+    "onnx in half precision": (
+        ["export", "demo", "{dst}", "--to", "onnx", "--dtype", "bfloat16"],
+        "the graph is written in float32",
+    ),
     "prune with terms": (
         ["compress", "demo", "{dst}", "--small", "2x2", "--terms", "2", "--init", "prune"],
         "use one term",

@@ -4,6 +4,13 @@ Importing it registers the loader: from then on `AutoModelForCausalLM.from_pretr
 factored models.
 """
 
+import logging
+
+# Where torchao is installed, transformers imports it, and it tells everyone of GPU libraries that
+# do not fit and of torch's deprecations: noise before every command.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 from krony.budget import BudgetPlan, make_budget_plan
 from krony.calibrate import calibration_windows
 from krony.checkpoints import load_model, load_tokenizer, save_model
@@ -14,6 +21,7 @@ from krony.heal import HealConfig, HealRecord, heal
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.modeling import KroneckerConfig
 from krony.plan import MatrixPlan, Plan, make_plan
+from krony.quantize import quantize
 from krony.schemes import SCHEMES, Factors
 from krony.sequential import DataOptions
 
@@ -42,5 +50,6 @@ __all__ = [
     "make_budget_plan",
     "make_plan",
     "perplexity",
+    "quantize",
     "save_model",
 ]

@@ -217,6 +217,7 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def directory_bytes(path: str | Path) -> int:
-    """Bytes of the safetensors weights in a model directory."""
-    return sum(p.stat().st_size for p in Path(resolve(path)).glob("*.safetensors"))
+def directory_bytes(path: str | Path, files: str = "*.safetensors") -> int:
+    """Bytes of the weights in a model directory."""
+    folder = Path(path) if Path(path).is_dir() else Path(resolve(path))
+    return sum(p.stat().st_size for p in folder.glob(files))

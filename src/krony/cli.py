@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +15,9 @@ import typer
 from krony import checkpoints, data, evaluate, info, schemes, tables
 from krony.cli_bench import bench_command
 from krony.cli_compress import compress_command, plan_command
+from krony.cli_export import export_command, quantize_command
 from krony.cli_heal import heal_command
 from krony.cli_options import (
-    Destination,
     Device,
     Dtype,
     DtypeOption,
@@ -29,7 +28,6 @@ from krony.cli_options import (
     progress_bar,
 )
 from krony.errors import KronyError
-from krony.modeling import config_of
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -37,12 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class Form(StrEnum):
-    """What `krony export` can write."""
-
-    dense = "dense"
 
 
 @app.command("schemes")
@@ -132,23 +124,8 @@ def evaluate_command(
         out.print(f"Wrote {json_file}")
 
 
-@app.command("export")
-def export_command(
-    source: Source,
-    destination: Destination,
-    to: Annotated[Form, typer.Option(help="dense: an ordinary Hugging Face model.")] = Form.dense,
-    dtype: DtypeOption = None,
-) -> None:
-    """Fold a factored model into one that loads without krony."""
-    checkpoints.check_destination(destination)
-    tokenizer = checkpoints.find_tokenizer(source)
-    model = checkpoints.load_model(source)
-    if config_of(model) is None:
-        raise KronyError(f"{source} is a dense model already; there is nothing to fold")
-    model.dequantize(checkpoints.DTYPES[dtype.value] if dtype else None)
-    checkpoints.save_model(model, destination, tokenizer)
-    size = tables.megabytes(checkpoints.directory_bytes(destination))
-    out.print(f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}")
+app.command("export")(export_command)
+app.command("quantize")(quantize_command)
 
 
 @app.command("generate")
@@ -179,6 +156,8 @@ def info_command(
     out.print(tables.info_table(figures))
     total, dense = figures["parameters"], figures["dense_parameters"]
     line = f"\n{total:,} parameters, {tables.megabytes(figures['bytes'])} in {figures['dtype']}"
+    if figures["quantised"]:
+        line += f" and {figures['quantised']}"
     if figures["factored"]:
         line += f"; dense {dense:,}: {tables.percent(1 - total / dense)} saved"
     out.print(line)

@@ -142,6 +142,11 @@ def compress(
     """
     if init not in (*INITS, DATA):
         raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
+    before = config_of(model)
+    if before is not None and before.quantised is not None:
+        raise KronyError(
+            f"the model is quantised to {before.quantised['to']}; compress it first, then quantise"
+        )
     everything = dict(model.named_modules())
     modules = {
         matrix.name: _dense_module(everything, matrix, type(model).__name__)
@@ -154,7 +159,6 @@ def compress(
         layers, errors = _by_data(model, plan, calibration, moments, options, seed, progress)
     else:
         layers, errors = _by_weights(modules, plan, init, seed, progress)
-    before = config_of(model)
     provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
     if before is not None:  # a second pass over other matrices adds to the first
         provenance["matrices"] = {**before.provenance.get("matrices", {}), **errors}

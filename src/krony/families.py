@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from krony.errors import KronyError
 from krony.kron import Shape
 from krony.layers import KroneckerEmbedding, KroneckerLinear
+from krony.packing import is_quantised
 
 Role = Literal["up", "down", "attention", "embedding", "head", "other"]
 # What --target can name: which roles each name stands for.
@@ -96,6 +97,11 @@ def _by_set(model: PreTrainedModel, name: str) -> list[Target]:
                     f"the {name} matrices of this {type(model).__name__} are factored already; "
                     "fold it to dense first (krony export --to dense)"
                 )
+            if any(is_quantised(p) for p in model.parameters()):
+                raise KronyError(
+                    f"the {name} matrices of this {type(model).__name__} are quantised; start from "
+                    "the model that it was made from"
+                )
             raise KronyError(
                 f"no {name} matrices were found in {type(model).__name__}; give a pattern of "
                 f"module names instead, for example {_example(model)!r}"
@@ -145,7 +151,10 @@ def _by_pattern(model: PreTrainedModel, target: str) -> list[Target]:
 
 def _is_linear(module: nn.Module) -> bool:
     # By exact class: subclasses (quantised or adapted layers) hold something else than a matrix.
-    return type(module) in (nn.Linear, Conv1D) and dense_weight(module).is_floating_point()
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    weight = dense_weight(module)
+    return weight.is_floating_point() and not is_quantised(weight)
 
 
 def _target(name: str, module: nn.Module) -> Target:

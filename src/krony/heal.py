@@ -25,6 +25,7 @@ from krony.recipe import (
     Stage,
     add_adapters,
     check_factored,
+    check_unquantised,
     freeze_dense,
     merge_adapters,
 )
@@ -136,6 +137,7 @@ def heal(
             became NaN. `Stopped`: a signal came; the run can be resumed.
     """
     recipe = _recipe(model, config)
+    check_unquantised(model)
     parts = losses.parse(config.loss or (recipe.taught if teacher else recipe.untaught))
     window = len(next(iter(blocks))["input_ids"])
     dtype = config.dtype or fastest_dtype(model.device)

@@ -5,7 +5,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from krony.families import find_targets
+from krony.kron import Shape
 from krony.modeling import Factored, config_of
+from krony.packing import Quantised, tensor_bytes
 from krony.plan import Plan
 
 
@@ -15,8 +17,10 @@ def parameters(model: PreTrainedModel) -> int:
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters, tied ones counted once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of the parameters as they are stored, tied ones counted once."""
+    config = config_of(model)
+    to = config.quantised["to"] if config is not None and config.quantised is not None else None
+    return sum(tensor_bytes(p, to) for p in model.parameters())
 
 
 def model_info(model: PreTrainedModel) -> dict[str, Any]:
@@ -24,12 +28,14 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         Totals, and under "matrices" one entry for each factored matrix; for a dense model, one for
-        each matrix that `target="all"` would factor.
+        each matrix that `target="all"` would factor, or that is quantised.
     """
     config = config_of(model)
-    rows = (
-        [] if config is None else _factored(model, Plan.from_dict(config.plan), config.provenance)
-    )
+    plan = Plan(()) if config is None else Plan.from_dict(config.plan)
+    quantised = None
+    if config is not None and config.quantised is not None:
+        quantised = Quantised.from_dict(config.quantised)
+    rows = [] if config is None else _factored(model, plan, config.provenance)
     saved = sum(r["dense_parameters"] - r["parameters"] for r in rows)
     total = parameters(model)
     return {
@@ -38,10 +44,11 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": total,
         "dense_parameters": total + saved,
         "bytes": model_bytes(model),
-        "factored": config is not None,
+        "factored": bool(rows),
+        "quantised": quantised and quantised.to,
         "init": config.provenance.get("init") if config else None,
         "seed": config.provenance.get("seed") if config else None,
-        "matrices": rows if config is not None else _dense(model),
+        "matrices": rows or _dense(model, quantised),
     }
 
 
@@ -74,13 +81,13 @@ def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict
     return rows
 
 
-def _dense(model: PreTrainedModel) -> list[dict[str, Any]]:
+def _dense(model: PreTrainedModel, quantised: Quantised | None) -> list[dict[str, Any]]:
+    packed = [] if quantised is None else quantised.matrices
+    found: list[tuple[str, Shape, str]] = []
+    found += [(t.name, t.shape, t.role) for t in find_targets(model, "all")]
+    found += [(p.name, p.shape, quantised.to) for p in packed if quantised is not None]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return [
-        {
-            "name": t.name,
-            "shape": list(t.shape),
-            "role": t.role,
-            "parameters": t.shape[0] * t.shape[1],
-        }
-        for t in find_targets(model, "all")
+        {"name": name, "shape": list(shape), "role": role, "parameters": shape[0] * shape[1]}
+        for name, shape, role in sorted(found, key=lambda row: order[row[0]])
     ]

@@ -338,7 +338,8 @@ def _mixed(x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
     In training, the mixed slices, as many as the inputs or more, are made again in the backward
     pass instead of being kept: a factored layer then keeps no more than a dense one does.
     """
-    if not torch.is_grad_enabled() or x.shape[-1] == 1:
+    kept = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    if kept or x.shape[-1] == 1:
         return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
     if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
         dtype = torch.get_autocast_dtype(x.device.type)

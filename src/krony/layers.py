@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from krony import kron
 from krony.errors import KronyError
 from krony.kron import Layout, Shape
+from krony.packing import is_quantised
 
 
 class KroneckerGroup(nn.Module):
@@ -87,7 +88,10 @@ class KroneckerGroup(nn.Module):
     @property
     def large_factors(self) -> Tensor:
         """The large factors A: (R, m1, n1)."""
-        return kron.linear_to_large(self.large.weight, self.terms, self.mix_first)
+        weight = self.large.weight
+        if is_quantised(weight):
+            weight = weight.dequantize()
+        return kron.linear_to_large(weight, self.terms, self.mix_first)
 
     @torch.no_grad()
     def set_factors(self, large: Tensor, small: Tensor, scalars: Tensor | None = None) -> None:
@@ -123,8 +127,11 @@ class KroneckerGroup(nn.Module):
     def forms_dense(self, tokens: int) -> bool:
         """Whether W is formed for a batch of so many tokens (`kron.dense_from`).
 
-        Never where `large` is more than a plain layer, with a forward of its own.
+        Never where `large` is more than a plain layer, with a forward of its own, nor in an
+        exported graph, where the number of tokens is not known.
         """
+        if torch.compiler.is_exporting():
+            return False
         return tokens > self.dense_from and self.is_plain
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Registering a `HfQuantizer` makes `AutoModelForCausalLM.from_pretrained` put `KroneckerLinear`
 modules in place on the meta device and load the factors into them, for every architecture, dtype,
-device map and sharding. Nothing is quantised: the factors are ordinary floating-point parameters.
+device map and sharding. The factors are ordinary floating-point parameters, unless `krony.quantize`
+made torchao's tensors of the large ones; then the loader makes these again.
 """
 
 import copy
@@ -14,18 +15,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
+from krony.packing import Quantised, StoredLinear, tensors
 from krony.plan import MatrixPlan, Plan
 
 METHOD = "kronecker"
 Factored = KroneckerLinear | KroneckerEmbedding
 
 
-@register_quantization_config(METHOD)
 class KroneckerConfig(QuantizationConfigMixin):
     """What `config.json` holds about a factored model, under `quantization_config`.
 
@@ -33,17 +35,25 @@ class KroneckerConfig(QuantizationConfigMixin):
         plan: `Plan.to_dict()`: the shapes of every factored matrix.
         provenance: how the factors were made (initialisation, seed, error by matrix); only for
             people to read, the same for the same input.
+        quantised: `Quantised.to_dict()`, only where something is; the plan may be empty then.
     """
 
+    quantised: dict[str, Any] | None = None
+
     def __init__(
-        self, plan: dict[str, Any], provenance: dict[str, Any] | None = None, **_: Any
+        self,
+        plan: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
+        quantised: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.plan = plan
         self.provenance = provenance or {}
+        if quantised is not None:
+            self.quantised = quantised
 
 
-@register_quantizer(METHOD)
 class KroneckerQuantizer(HfQuantizer):
     """Builds the factored modules before the weights are loaded, and folds them back on request."""
 
@@ -59,11 +69,20 @@ class KroneckerQuantizer(HfQuantizer):
             )
         # The plan may have been made on the model with its head, and loads into one without, or
         # the other way round; from here on it speaks of this model.
-        plan = _renamed(Plan.from_dict(self.quantization_config.plan), model)
+        plan = Plan.from_dict(self.quantization_config.plan)
+        names = [_found(model, m.name) for m in plan.matrices]
+        plan = Plan(tuple(replace(m, name=n) for m, n in zip(plan.matrices, names, strict=True)))
         self.quantization_config.plan = plan.to_dict()
         for matrix in plan.matrices:
             weight = model.get_parameter(f"{matrix.name}.weight")
             install(model, matrix, build_layer(matrix, weight.device, weight.dtype))
+        if (quantised := self._quantised()) is not None:
+            packed = tuple(replace(m, name=_found(model, m.name)) for m in quantised.matrices)
+            self.quantization_config.quantised = replace(quantised, matrices=packed).to_dict()
+            for entry in packed:
+                weight = model.get_parameter(f"{entry.name}.weight")
+                stored = StoredLinear(entry, quantised.to, weight.dtype, weight.device)
+                model.set_submodule(entry.name, stored)
 
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         # By ending: the guards in the file may carry the prefix of another head.
@@ -73,10 +92,12 @@ class KroneckerQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        for name, layer in model.named_modules():
+        for name, layer in list(model.named_modules()):
             if isinstance(layer, KroneckerEmbedding):
                 for head in _tied_to(model, name):
                     _copy_orders(layer, model.get_submodule(head))
+            elif isinstance(layer, StoredLinear):
+                model.set_submodule(name, layer.restored())
         attach(model, self.quantization_config)
         return model
 
@@ -88,20 +109,30 @@ class KroneckerQuantizer(HfQuantizer):
         Where krony is not imported, transformers would skip the unknown method with a warning and
         leave the dense matrices at random. The empty tensors make it stop with a size mismatch.
         """
-        weights = model.state_dict() if self.gathered is None else self.gathered
+        weights = dict(model.state_dict()) if self.gathered is None else self.gathered
+        if (quantised := self._quantised()) is not None:
+            for entry in quantised.matrices:
+                parts = tensors(weights.pop(f"{entry.name}.weight"), quantised.to)
+                weights |= {f"{entry.name}.{name}": part for name, part in parts.items()}
         return {**weights, **self._guards()}, {}
 
     def _guards(self) -> dict[str, torch.Tensor]:
-        matrices = Plan.from_dict(self.quantization_config.plan).matrices
-        return {f"{matrix.name}.weight": torch.empty(0) for matrix in matrices}
+        names = [matrix.name for matrix in Plan.from_dict(self.quantization_config.plan).matrices]
+        if (quantised := self._quantised()) is not None:  # those that are not large factors
+            names += [e.name for e in quantised.matrices if not _within(e.name, names)]
+        return {f"{name}.weight": torch.empty(0) for name in names}
+
+    def _quantised(self) -> Quantised | None:
+        found = self.quantization_config.quantised
+        return None if found is None else Quantised.from_dict(found)
 
     def dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """Replace every factored layer by the ordinary layer with the same dense weight.
+        """Replace every factored or quantised layer by the ordinary one with the same dense weight.
 
         The sum of products is formed in float64 and rounded once, to `dtype` (default: the
-        dtype of the factors).
+        dtype of the factors). What quantisation lost stays lost.
         """
         for matrix in Plan.from_dict(self.quantization_config.plan).matrices:
             layer = model.get_submodule(matrix.name)
@@ -109,6 +140,12 @@ class KroneckerQuantizer(HfQuantizer):
                 _unfold_embedding(model, matrix.name, layer, dtype)
             elif isinstance(layer, KroneckerLinear):
                 model.set_submodule(matrix.name, dense_layer(layer, matrix.conv1d, dtype))
+        quantised, modules = self._quantised(), dict(model.named_modules())
+        for entry in quantised.matrices if quantised is not None else ():
+            if (module := modules.get(entry.name)) is not None:  # else a large factor, gone by now
+                weight = module.weight.dequantize()
+                dense = plain_layer(weight, module.bias, entry.conv1d)
+                model.set_submodule(entry.name, dense)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
@@ -117,27 +154,36 @@ class KroneckerQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.quantization_config.quantised is None
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def _renamed(plan: Plan, model: PreTrainedModel) -> Plan:
-    """The plan with the base model's prefix added to or taken from its names, as `model` needs."""
+# transformers' decorators refuse a second class of the same name. A self-contained model brings a
+# copy of this file, before krony or after it: krony's own classes take precedence, then the latest.
+if getattr(AUTO_QUANTIZER_MAPPING.get(METHOD), "__module__", None) != "krony.modeling":
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = KroneckerConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = KroneckerQuantizer
+
+
+def _found(model: PreTrainedModel, name: str) -> str:
+    """The name with the base model's prefix added or taken away, as `model` needs."""
     modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
-    matrices = []
-    for matrix in plan.matrices:
-        names = (matrix.name, matrix.name.removeprefix(prefix), prefix + matrix.name)
-        name = next((n for n in names if n in modules), None)
-        if name is None:
-            raise KronyError(
-                f"the checkpoint has a factored {matrix.name}, which {type(model).__name__} does "
-                "not have; load it with the class that it was saved from"
-            )
-        matrices.append(replace(matrix, name=name))
-    return Plan(tuple(matrices))
+    found = next(
+        (n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None
+    )
+    if found is None:
+        raise KronyError(
+            f"the checkpoint has a factored {name}, which {type(model).__name__} does not have; "
+            "load it with the class that it was saved from"
+        )
+    return found
+
+
+def _within(name: str, parents: list[str]) -> bool:
+    return any(name.startswith(f"{parent}.groups.") for parent in parents)
 
 
 def attach(model: Any, config: KroneckerConfig) -> None:
@@ -149,6 +195,9 @@ def attach(model: Any, config: KroneckerConfig) -> None:
         if getattr(module, "config", None) is shared:
             module.config = own
     own.quantization_config = config
+    # The code of a self-contained directory is saved again by the class in it, and by no other.
+    if not model.is_remote_code() and "modeling_krony" in str(getattr(own, "auto_map", "")):
+        del own.auto_map
     model.hf_quantizer = KroneckerQuantizer(config)
     model.quantization_method = METHOD
     # transformers forbids .float(), .half() and training on what it takes for quantised models;
@@ -256,16 +305,21 @@ def _rounded(layer: Factored, dtype: torch.dtype | None) -> torch.Tensor:
     return dense.contiguous()
 
 
-@torch.no_grad()
 def dense_layer(
     layer: KroneckerLinear, conv1d: bool, dtype: torch.dtype | None = None
 ) -> nn.Linear | Conv1D:
     """The ordinary layer with the same weight and bias; `conv1d` says which of the two kinds."""
-    weight = _rounded(layer, dtype)
-    (m, n), bias = weight.shape, layer.bias is not None
+    return plain_layer(_rounded(layer, dtype), layer.bias, conv1d)
+
+
+def plain_layer(
+    weight: torch.Tensor, bias: torch.Tensor | None, conv1d: bool
+) -> nn.Linear | Conv1D:
+    """The ordinary layer of a weight (m, n) and a bias."""
+    (m, n), weight = weight.shape, weight.detach()
     with torch.device("meta"):
-        dense = Conv1D(m, n) if conv1d else nn.Linear(n, m, bias=bias)
+        dense = Conv1D(m, n) if conv1d else nn.Linear(n, m, bias=bias is not None)
     dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(weight.dtype))
     return dense

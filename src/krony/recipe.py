@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from krony import losses
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerLinear
+from krony.packing import is_quantised
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ def parameter_groups(
 def _factored(model: nn.Module) -> list[nn.Module]:
     kinds = (KroneckerLinear, KroneckerEmbedding)
     return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+def check_unquantised(model: nn.Module) -> None:
+    """Raises `KronyError` for a model with quantised weights, which have no gradients."""
+    if any(is_quantised(p) for p in model.parameters()):
+        raise KronyError(
+            "the model is quantised, and integers can't be trained; heal it first, then quantise"
+        )
 
 
 def check_factored(model: nn.Module) -> None:

@@ -1,0 +1,237 @@
+"""Models for where krony is not installed: as an ONNX graph, or with the code that loads them."""
+
+import importlib
+import inspect
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from krony.checkpoints import new_directory, save_model
+from krony.errors import KronyError
+from krony.evaluate import context_length
+from krony.modeling import config_of
+
+TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
+TRACED, CHECKED = (2, 12), ((2, 12), (1, 1), (3, 29))  # batch and length
+
+
+class _Logits(nn.Module):
+    """input_ids (batch, length) to logits (batch, length, tokens), nothing else in or out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def onnx(
+    model: PreTrainedModel,
+    destination: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
+    """Write `model.onnx`, its weights beside it, the configuration and the tokenizer.
+
+    The graph maps input_ids (batch, length) to logits (batch, length, tokens) for every batch and
+    length up to the context; factors stay apart, and there is no KV cache. It is run in onnxruntime
+    on several shapes and compared before anything is left at `destination`.
+
+    Returns:
+        The largest absolute difference between the logits of onnxruntime and of torch.
+    Raises:
+        KronyError: packages that are missing, a model that is not in float32 or is quantised, a
+            graph that can't be made or differs by more than `TOLERANCE`.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise KronyError(
+                f"an ONNX graph needs {name}; install it with pip install 'krony[onnx]'"
+            ) from error
+    config = config_of(model)
+    if config is not None and config.quantised is not None:
+        raise KronyError(
+            f"the model is quantised to {config.quantised['to']}, for which ONNX has other forms; "
+            "export the one that it was made from and quantise the graph with onnxruntime"
+        )
+    if model.dtype != torch.float32:
+        raise KronyError(
+            f"the graph is written in float32, and the model is in {model.dtype}; load it in "
+            "float32 (onnxruntime has tools for half precision)"
+        )
+    with new_directory(destination) as folder:
+        with _for_export(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                program = torch.onnx.export(
+                    _Logits(model).eval(),
+                    (_ids(model, TRACED),),
+                    dynamo=True,
+                    dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},),
+                    input_names=["input_ids"],
+                    output_names=["logits"],
+                    verbose=False,
+                )
+            except torch.onnx.errors.OnnxExporterError as error:
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise KronyError(
+                    f"torch can't export this {type(model).__name__} to ONNX: {reason}"
+                ) from error
+        assert program is not None
+        program.save(folder / "model.onnx", external_data=True)
+        difference = _difference(model, folder / "model.onnx")
+        model.config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return difference
+
+
+@contextmanager
+def _for_export(model: PreTrainedModel) -> Iterator[None]:
+    """Attention in plain operations, no gradients, and torch's exporter quiet."""
+    logger = logging.getLogger("torch.onnx")
+    attention, level = model.config._attn_implementation, logger.level
+    logger.setLevel(logging.ERROR)
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        logger.setLevel(level)
+
+
+def _ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    batch, length = shape
+    size = batch, min(length, context_length(model))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, size, generator=generator)
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, path: Path) -> float:
+    """The largest absolute difference over `CHECKED`. Raises `KronyError` beyond the tolerance."""
+    runtime = importlib.import_module("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for shape in CHECKED:
+        ids = _ids(model, shape)
+        expected = model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()
+        found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+        difference = float((found - expected).abs().max())
+        limit = TOLERANCE * max(1.0, float(expected.abs().max()))
+        if not difference <= limit:
+            raise KronyError(
+                f"logits in onnxruntime and torch differ by {difference:.1e} on {shape[0]} x "
+                f"{shape[1]} tokens, and {limit:.1e} is allowed; nothing was written, please "
+                "report the model and the versions of torch, onnxscript and onnxruntime"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def self_contained(
+    model: PreTrainedModel,
+    destination: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write a factored model with the code that loads it where krony is not installed.
+
+    There `AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True)` gives a
+    subclass of the architecture's own class in transformers. Its code is a copy of krony's modules
+    that load and run factors, which need torch and transformers only (a quantised model also
+    torchao). With krony imported, the directory is one like any other.
+
+    Raises:
+        KronyError: a dense model, or a class that is not one of transformers.
+    """
+    if config_of(model) is None:
+        raise KronyError("the model is dense, and needs no code beyond transformers")
+    bases = (c for c in type(model).__mro__ if getattr(transformers, c.__name__, None) is c)
+    base = next(bases, PreTrainedModel)
+    if base is PreTrainedModel:
+        raise KronyError(
+            f"{type(model).__name__} is no class of transformers, so its code would be missing; "
+            "export it with --to dense"
+        )
+    name = base.__name__
+
+    def write_code(folder: Path) -> None:
+        modules = _needed("modeling")
+        for module in modules:
+            (folder / f"krony_{module}.py").write_text(_detached(module), encoding="utf-8")
+        imports = "\n".join(f"from .krony_{m} import __doc__ as _{m}" for m in sorted(modules))
+        code = _MODEL.format(name=name, imports=imports)
+        (folder / "modeling_krony.py").write_text(code, encoding="utf-8")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_krony.{name}"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    return save_model(model, destination, tokenizer, also=write_code)
+
+
+_MODEL = '''"""{name} with factored matrices, for trust_remote_code=True. Written by krony export.
+
+The files krony_*.py are copies of the modules of krony (Apache-2.0). The import of krony_modeling
+registers the loader, which puts the factored layers in place from config.json.
+"""
+
+import transformers
+
+# All of them by name: transformers copies the files that are imported in this form.
+{imports}
+
+
+class {name}(transformers.{name}):
+    """The architecture's own class; its matrices are sums of Kronecker products."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what transformers converts for this class, by its name, is to be converted."""
+        return False
+'''
+_IMPORT = re.compile(r"^from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
+
+
+def _source(module: str) -> str:
+    return inspect.getsource(importlib.import_module(f"krony.{module}"))
+
+
+def _needed(module: str) -> set[str]:
+    """The module and all modules of krony that it imports, directly or not."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for inner, names in _IMPORT.findall(_source(name)):
+            waiting += [inner] if inner else re.findall(r"\w+", names)
+    return found
+
+
+def _detached(module: str) -> str:
+    """A module's source with relative imports, and without scipy."""
+
+    def relative(match: re.Match[str]) -> str:
+        inner, names = match.groups()
+        if inner:
+            return f"from .krony_{inner} import {names}"
+        return "\n".join(f"from . import krony_{n} as {n}" for n in re.findall(r"\w+", names))
+
+    # Only new factors need scipy, which such a directory never makes.
+    optional = "try:\n    import scipy.linalg\nexcept ImportError:\n    scipy = None"
+    source = _IMPORT.sub(relative, _source(module))
+    return re.sub(r"^import scipy\.linalg$", optional, source, flags=re.MULTILINE)
