@@ -164,8 +164,8 @@ def test_verdicts(speed_, spread, peak, expected):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two tokens, one round, no processes."""
-    for name, value in (("LEAST", 1), ("MOST", 1), ("NEW", 2), ("BATCHES", (1, 2))):
+    """Two tokens, a round each way, no processes."""
+    for name, value in (("LEAST", 2), ("MOST", 2), ("NEW", 2), ("BATCHES", (1, 2))):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 1000)
     monkeypatch.setattr(roofline, "BUFFER_BYTES", 2**16)

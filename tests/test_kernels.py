@@ -50,8 +50,7 @@ def inputs(large, small, terms, tokens, dtype=torch.float32, mix_first=True):
 
 
 @launches
-@pytest.mark.parametrize("mix_first", [True, False])
-@pytest.mark.parametrize("layout", kron.LAYOUTS)
+@pytest.mark.parametrize(("layout", "mix_first"), [("small-outer", True), ("large-outer", False)])
 @pytest.mark.parametrize(("large", "small", "terms", "tokens"), CASES)
 def test_decode_is_the_dense_product(large, small, terms, tokens, layout, mix_first):
     x, b, weight, bias, a = inputs(large, small, terms, tokens, mix_first=mix_first)
@@ -86,6 +85,7 @@ def test_gradients_are_those_of_the_torch_form(large, small, terms, tokens, layo
     x, b, weight, bias, _ = leaves
     made = kernels.decode(x, b, weight, large, layout, mix_first, bias)
     plain = kron.apply(x, b, lambda z: F.linear(z, weight), large, layout, mix_first) + bias
+    torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-4)
     upstream = torch.randn_like(plain)
     found = torch.autograd.grad(made, leaves[:4], upstream)
     expected = torch.autograd.grad(plain, leaves[:4], upstream)

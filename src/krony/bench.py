@@ -255,8 +255,9 @@ def _bench(
     loads = workloads(vocabulary, context, device, seed)
     timings, machine = measure(runners, loads, reference, progress)
     takes = {}
-    for number, (role, model) in enumerate(models.items()):
-        progress(f"memory of {names[role]}", number, len(models))
+    for number, role in enumerate(names):  # not `models`: the last one loaded is last there
+        model = models[role]
+        progress(f"memory of {names[role]}", number, len(names))
         takes[role] = {
             "source": names[role],
             "factored": config_of(model) is not None,
