@@ -1,6 +1,7 @@
 """The command line, end to end on the packaged model; and what it says to bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from helpers import logits, tiny
+from helpers import healing_inputs, logits, tiny
 from krony import KroneckerLinear, load_tokenizer, save_model
 
 
@@ -312,3 +313,26 @@ def test_interrupt_leaves_nothing(run, monkeypatch, tmp_path):
     code, _, _ = run("compress", "demo", tmp_path / "out", "--small", "2x2")
     assert code == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_found_for_a_budget_is_what_compress_makes_of_it(run, tmp_path):
+    inputs = healing_inputs(tmp_path)
+    given = ["--budget", 0.5, "--calibration", inputs / "text.txt", "--windows", 40]
+    code, out, err = run("plan", inputs / "dense", *given, "--json", tmp_path / "plan.json")
+    assert code == 0, err
+    harm = re.search(r"Predicted harm of this plan: ([\d.]+) nats", out)
+    assert harm
+    code, direct, err = run("compress", inputs / "dense", tmp_path / "direct", *given)
+    assert code == 0, err
+    assert harm[0] in direct
+    planned = ["--plan", tmp_path / "plan.json", "--init", "data", *given[2:]]
+    code, _, err = run("compress", inputs / "dense", tmp_path / "planned", *planned)
+    assert code == 0, err
+    one, two = (tmp_path / name / "model.safetensors" for name in ("direct", "planned"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_plan_takes_a_budget_or_a_shape_not_both(run):
+    code, _, err = run("plan", "demo", "--budget", 0.5, "--small", "2x2")
+    assert code == 2
+    assert "not two of them" in err

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def weights(model):
 
 def same(first, second):
     return all(torch.equal(a, second[name]) for name, a in first.items())
+
+
+def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
+    plain, compiled, (wanted, teacher) = [], [], small()
+    model, _ = small()
+    compile_with, calls = torch.compile, []
+
+    def traced(model, **options):
+        calls.append(options["backend"])
+        # The graphs of the forward and the backward pass, without a minute of code generation.
+        return compile_with(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    for one, settings, losses in ((wanted, {}, plain), (model, {"compile": True}, compiled)):
+        record = train(one, replace(CONFIG, **settings), tmp_path / str(settings), teacher)
+        losses += [point["held_out"] for point in record.curve]
+    assert calls == ["inductor"]
+    assert len(plain) > 1
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert not any("_orig_mod" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "features", "ce+kl+features"])

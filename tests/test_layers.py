@@ -85,6 +85,32 @@ def test_gradients(spec):
         torch.testing.assert_close(mine, oracle, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("terms", [1, 3])
+def test_training_keeps_the_inputs_and_not_what_was_mixed_from_them(terms):
+    group = KroneckerGroup((6, 4), (2, 2), terms)
+    assert group.mix_first
+    x = torch.randn(50, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        group(x).sum()
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert {t.untyped_storage().data_ptr() for t in large} == {x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("spec", LAYERS)
+def test_gradients_under_autocast(spec):
+    layer = build(spec, dtype=torch.float32)
+    x = torch.randn(6, 8)
+    found = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = layer(x).float().square().mean()
+        found[enabled] = torch.autograd.grad(loss, list(layer.parameters()))
+    for mine, exact in zip(found[True], found[False], strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - exact).norm() < 5e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("spec", LAYERS)
 def test_absorbed_scalars_change_no_bit(spec):
     layer = build(spec, scalars=True, dtype=torch.float32)

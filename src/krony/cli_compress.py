@@ -4,11 +4,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 
 from krony import calibrate, checkpoints, info, limits, tables
-from krony.budget import make_budget_plan
+from krony.budget import BudgetPlan, make_budget_plan
 from krony.cli_options import Destination, DtypeOption, JsonFile, Source, out, progress_bar
 from krony.errors import KronyError
 from krony.factorise import DATA, INITS, compress
@@ -41,6 +42,25 @@ TargetText = Annotated[
 LayoutOption = Annotated[
     LayoutName, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
 ]
+Share = Annotated[
+    float | None,
+    typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
+]
+Params = Annotated[
+    str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
+]
+Flops = Annotated[
+    float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
+]
+Objective = Annotated[
+    ObjectiveName | None,
+    typer.Option(help="What else gets that share: decode (time a token), throughput (flops)."),
+]
+Calibration = Annotated[
+    str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
+]
+Windows = Annotated[int, typer.Option(help="Windows of calibration text.")]
+Seed = Annotated[int, typer.Option(help="For whatever is random.")]
 
 
 def plan_command(
@@ -53,14 +73,34 @@ def plan_command(
     layers: Layers = None,
     target: TargetText = None,
     layout: LayoutOption = DEFAULT_LAYOUT,
+    share: Share = None,
+    params: Params = None,
+    flops: Flops = None,
+    objective: Objective = None,
+    calibration: Calibration = calibrate.SELF,
+    windows: Windows = 128,
+    seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Show which matrix would get which factors, and what that saves."""
+    """Show which matrix would get which factors, and what that saves.
+
+    The file that --json writes is what compress --plan reads.
+    """
+    budget = _budget(share, params, flops, objective, target)
+    _check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
-    plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
+    if budget:
+        tokenizer = checkpoints.find_tokenizer(source)
+        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
+        found = _find(model, tokens, budget, seed)
+        plan = found.plan
+    else:
+        plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
     out.print(tables.plan_table(plan))
     out.print(tables.saving(info.parameters(model), plan))
-    out.print(tables.costs_table(plan, (), model.dtype))
+    out.print(tables.costs_table(plan, found.dense if budget else (), model.dtype))
+    if budget:
+        out.print(_harm(found))
     if json_file is not None:
         checkpoints.write_text(json_file, plan.to_json())
         out.print(f"Wrote {json_file}")
@@ -78,67 +118,31 @@ def compress_command(
     target: TargetText = None,
     layout: LayoutOption = DEFAULT_LAYOUT,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
-    share: Annotated[
-        float | None,
-        typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
-    ] = None,
-    flops: Annotated[
-        float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
-    ] = None,
-    objective: Annotated[
-        ObjectiveName | None,
-        typer.Option(help="What else gets that share: decode (time a token), throughput (flops)."),
-    ] = None,
+    share: Share = None,
+    params: Params = None,
+    flops: Flops = None,
+    objective: Objective = None,
     init: Annotated[
         Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
-    ] = calibrate.SELF,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    calibration: Calibration = calibrate.SELF,
+    windows: Windows = 128,
     dtype: DtypeOption = None,
-    seed: Annotated[int, typer.Option(help="For whatever is random.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Factor a model and write it to a directory that from_pretrained loads."""
     checkpoints.check_destination(destination)
-    budgeted = any(b is not None for b in (share, params, flops))
-    shaped = scheme or shape or small
-    if (plan_file is not None) + budgeted + bool(shaped) > 1:
-        raise KronyError(
-            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
-        )
-    if budgeted and (terms != 1 or scalars or layers is not None):
-        raise KronyError("a budget finds its own terms and layers; leave those options out")
-    if objective is not None and not budgeted:
-        raise KronyError("an objective needs a budget: --budget, --params or --flops")
-    parameters = limits.parse_count(params)
+    budget = _budget(share, params, flops, objective, target)
+    _check_one_way(plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers)
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
-    method = init.value if init else (DATA if budgeted else DEFAULT_INIT.value)
+    method = init.value if init else (DATA if budget else DEFAULT_INIT.value)
     tokens = found = None
-    if budgeted or method == DATA:
+    if budget or method == DATA:
         tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
-    if budgeted and tokens is not None:
-        with progress_bar() as bar:
-            task = bar.add_task("Planning", total=None)
-            found = make_budget_plan(
-                model,
-                tokens,
-                share=share,
-                parameters=parameters,
-                flops=flops,
-                # A size for the whole model leaves it open where to save.
-                target=target or ("mlp" if params is None else "everything"),
-                objective=objective.value if objective else "size",
-                seed=seed,
-                progress=lambda what, i, n: bar.update(
-                    task, description=what, completed=i, total=n
-                ),
-            )
+    if budget and tokens is not None:
+        found = _find(model, tokens, budget, seed)
         plan = found.plan
         out.print(tables.plan_table(plan))
     elif plan_file is not None:
@@ -162,8 +166,59 @@ def compress_command(
     out.print(tables.saving(before, plan))
     out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
     if found is not None:
-        out.print(f"Predicted harm of this plan: {found.harm:.4f} nats a token.")
+        out.print(_harm(found))
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
+
+
+def _budget(
+    share: float | None,
+    params: str | None,
+    flops: float | None,
+    objective: ObjectiveName | None,
+    target: str | None,
+) -> dict[str, Any]:
+    """What `make_budget_plan` is asked for; nothing where no budget is given."""
+    if share is None and params is None and flops is None:
+        if objective is not None:
+            raise KronyError("an objective needs a budget: --budget, --params or --flops")
+        return {}
+    return {
+        "share": share,
+        "parameters": limits.parse_count(params),
+        "flops": flops,
+        # A size for the whole model leaves it open where to save.
+        "target": target or ("mlp" if params is None else "everything"),
+        "objective": objective.value if objective else "size",
+    }
+
+
+def _check_one_way(
+    plan_file: Path | None, budget: dict[str, Any], shaped: str | None, detailed: Any
+) -> None:
+    if (plan_file is not None) + bool(budget) + bool(shaped) > 1:
+        raise KronyError(
+            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
+        )
+    if budget and detailed:
+        raise KronyError("a budget finds its own terms and layers; leave those options out")
+
+
+def _find(
+    model: transformers.PreTrainedModel, tokens: torch.Tensor, budget: dict[str, Any], seed: int
+) -> BudgetPlan:
+    with progress_bar() as bar:
+        task = bar.add_task("Planning", total=None)
+        return make_budget_plan(
+            model,
+            tokens,
+            **budget,
+            seed=seed,
+            progress=lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
+        )
+
+
+def _harm(found: BudgetPlan) -> str:
+    return f"Predicted harm of this plan: {found.harm:.4f} nats a token."
 
 
 def _plan(

@@ -14,8 +14,9 @@ outer[a, b]·inner[c, d]. Two layouts are in use:
 They differ by a fixed reordering of rows and columns.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import scipy.linalg
 import torch
@@ -32,6 +33,8 @@ Side = TypeVar("Side")  # a factor, or its shape
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
 EXACT_GRAM_SIDE = 2048
+# Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
+FEW_ROWS = 32
 
 
 def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
@@ -225,14 +228,15 @@ def multiply_adds(large: Shape, small: Shape, terms: int, mix_first: bool) -> in
     return terms * n2 * m1 * (n1 + m2)
 
 
-def forms_dense(tokens: int, large: Shape, small: Shape, terms: int, mix_first: bool) -> bool:
-    """Whether forming W once and one dense product takes fewer multiply-adds than the factors.
+def dense_from(large: Shape, small: Shape, terms: int, mix_first: bool) -> float:
+    """The number of tokens from which forming W, once, costs less than the factors; perhaps ∞.
 
-    So it does for sums of many terms on many tokens: W costs R·m·n, then m·n a token.
+    Multiply-adds decide: R·m·n for W, then m·n a token, against `multiply_adds` a token. The bytes
+    decide nothing: where W can pay at all, so many tokens share it that arithmetic bounds both.
     """
     entries = large[0] * large[1] * small[0] * small[1]
-    factored = tokens * multiply_adds(large, small, terms, mix_first)
-    return (terms + tokens) * entries < factored
+    saved = multiply_adds(large, small, terms, mix_first) - entries
+    return terms * entries / saved if saved > 0 else math.inf
 
 
 def mixes_first(large: Shape, small: Shape) -> bool:
@@ -257,45 +261,116 @@ def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
 def apply(
     x: Tensor,
     small: Tensor,
-    project: Callable[[Tensor], Tensor],
+    large: Tensor | Callable[[Tensor], Tensor],
     large_shape: Shape,
     layout: Layout = "small-outer",
     mix_first: bool = True,
 ) -> Tensor:
     """y = x Wᵀ for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
 
-    Two matrix products: the large one runs through `project`, any linear map whose weight is
-    `large_to_linear(A, mix_first)`, the small one mixes n2 (or m2·R) slices of the activations.
+    Two matrix products: a large one, and a small one that mixes n2 (or m2·R) slices of the
+    activations, before it or after it.
 
     Args:
         x: (..., n).
         small: B, (R, m2, n2).
-        project: maps (..., R·n1) to (..., m1) when mixed first, else (..., n1) to (..., R·m1).
+        large: `large_to_linear(A, mix_first)`, or any linear map of that weight: (T, R·n1) to
+            (T, m1) when mixed first, else (T, n1) to (T, R·m1).
     Returns:
         (..., m).
     """
     (m1, n1), (terms, m2, n2) = large_shape, small.shape
     lead = x.shape[:-1]
     if layout == "small-outer":
-        x = x.reshape(*lead, n2, n1)
+        x = x.reshape(-1, n2, n1)
     else:
-        x = x.reshape(*lead, n1, n2).transpose(-1, -2)
+        x = x.reshape(-1, n1, n2).transpose(-1, -2)
     if mix_first:
-        mixing = small.transpose(0, 1).reshape(m2 * terms, n2)
-        y = project(_mix(mixing, x).reshape(*lead, m2, terms * n1))
+        mixing = small[0] if terms == 1 else small.transpose(0, 1).reshape(m2 * terms, n2)
+        if isinstance(large, Tensor):
+            y = _mixed(x, mixing, large)
+        else:
+            y = large(mix(mixing, x).reshape(-1, terms * n1))
+        y = y.reshape(-1, m2, m1)
     else:
-        mixing = small.permute(1, 2, 0).reshape(m2, n2 * terms)
-        y = _mix(mixing, project(x).reshape(*lead, n2 * terms, m1))
+        mixing = small[0] if terms == 1 else small.permute(1, 2, 0).reshape(m2, n2 * terms)
+        rows = x.reshape(-1, n1)
+        rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
+        y = mix(mixing, rows.reshape(-1, n2 * terms, m1))
     if layout == "large-outer":
         y = y.transpose(-1, -2)
     return y.reshape(*lead, m1 * m2)
 
 
-def _mix(mixing: Tensor, x: Tensor) -> Tensor:
-    """mixing (p, q) times x (..., q, k): a plain linear map when k is 1 (the low-rank corner)."""
-    if x.shape[-1] == 1:
+def mix(mixing: Tensor, x: Tensor) -> Tensor:
+    """mixing (p, q) times x (T, q, k), by the call that costs least around so small a product."""
+    tokens, q, k = x.shape
+    if k == 1:  # the low-rank corner: an ordinary linear map
         return F.linear(x.squeeze(-1), mixing).unsqueeze(-1)
-    return mixing @ x
+    if q == 1:
+        return mixing * x
+    # torch.matmul, which would do for all, spends several times as long on finding the call.
+    return torch.bmm(mixing.expand(tokens, -1, -1), x)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, (T, n) by (m, n), the operands in the order that a CPU reads fastest.
+
+    BLAS shares a product among threads by rows of its left operand, and with a few tokens these are
+    too few: the weight goes to the left then, for up to 2.5 times the speed (docs/log.md). Three
+    rows take longer than four.
+    """
+    tokens = len(x)
+    few = x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= tokens <= FEW_ROWS
+    if not few or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    if tokens == 3:
+        x = F.pad(x, (0, 0, 0, 1))
+    tall = len(weight) >= weight.shape[1]
+    if len(x) == 4 or (len(x) == 2 and tall) or torch.get_num_threads() > 1:
+        return torch.mm(weight, x.T).T[:tokens]
+    return F.linear(x, weight)
+
+
+def _mixed(x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
+    """The slices x (T, q, k), mixed by (p, q), through the weight (m1, R·k): (T·p / R, m1).
+
+    In training, the mixed slices, as many as the inputs or more, are made again in the backward
+    pass instead of being kept: a factored layer then keeps no more than a dense one does.
+    """
+    if not torch.is_grad_enabled() or x.shape[-1] == 1:
+        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
+    if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, mixing, weight = x.to(dtype), mixing.to(dtype), weight.to(dtype)
+    y: Tensor = _Mixed.apply(x, mixing, weight)
+    return y
+
+
+class _Mixed(torch.autograd.Function):
+    """`_mixed` with a backward pass that mixes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mixing, weight)
+        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mixing, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        for_x, for_mixing, for_weight = ctx.needs_input_grad
+        tokens, _, k = x.shape
+        of_weight = of_mixing = of_x = None
+        if for_weight:
+            of_weight = gradient.T @ mix(mixing, x).reshape(-1, weight.shape[1])
+        if for_x or for_mixing:
+            of_rows = (gradient @ weight).reshape(tokens, -1, k)
+            if for_mixing:
+                of_mixing = torch.bmm(of_rows, x.mT).sum(0)
+            if for_x:
+                of_x = mix(mixing.T, of_rows)
+        return of_x, of_mixing, of_weight
 
 
 def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:

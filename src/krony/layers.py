@@ -1,5 +1,6 @@
 """Linear layers and embeddings whose weight is a sum of Kronecker products, never formed."""
 
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class KroneckerGroup(nn.Module):
         self.small_shape: Shape = (small[0], small[1])
         self.terms, self.layout = terms, layout
         self.mix_first = kron.mixes_first(large, small)
+        self.dense_from = kron.dense_from(large, small, terms, self.mix_first)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         m1, n1 = large
         if self.mix_first:
@@ -111,20 +113,30 @@ class KroneckerGroup(nn.Module):
         large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)
         return kron.to_dense(*kron.in_order(large, small, self.layout))
 
-    def forms_dense(self, tokens: int) -> bool:
-        """Whether W is formed for a batch of so many tokens (`kron.forms_dense`).
+    @property
+    def is_plain(self) -> bool:
+        """Whether `large` is just its weight: not quantised, adapted, sharded or offloaded."""
+        large = self.large
+        plain = type(large) is nn.Linear and type(large.weight) is nn.Parameter
+        return plain and "_hf_hook" not in large.__dict__ and not large._forward_hooks
 
-        Never where `large` is more than a plain layer, quantised or adapted, with its own forward.
+    def forms_dense(self, tokens: int) -> bool:
+        """Whether W is formed for a batch of so many tokens (`kron.dense_from`).
+
+        Never where `large` is more than a plain layer, with a forward of its own.
         """
-        plain = type(self.large) is nn.Linear and type(self.large.weight) is nn.Parameter
-        shapes = self.large_shape, self.small_shape
-        return plain and kron.forms_dense(tokens, *shapes, self.terms, self.mix_first)
+        return tokens > self.dense_from and self.is_plain
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.forms_dense(x.numel() // x.shape[-1]):
+        if self.dense_from < math.inf and self.forms_dense(x.numel() // x.shape[-1]):
             return F.linear(x, self.to_dense())
+        return self.factored(x)
+
+    def factored(self, x: Tensor) -> Tensor:
+        """x Wᵀ by the factors, whatever the number of tokens."""
+        large = self.large.weight if self.is_plain else self.large
         return kron.apply(
-            x, self.scaled_small, self.large, self.large_shape, self.layout, self.mix_first
+            x, self.scaled_small, large, self.large_shape, self.layout, self.mix_first
         )
 
     def rows(self, ids: Tensor) -> Tensor:
