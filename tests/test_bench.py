@@ -220,6 +220,15 @@ def test_command_alone(quick, saved, run):
     assert "slower" not in out
 
 
+def test_command_says_what_compiling_did(quick, saved, run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    code, out, err = run("bench", saved / "small", "--compile")
+    assert code == 0, err
+    # How many graphs and breaks is up to whatever else this process has compiled.
+    assert "The bare loop ran over a static cache, compiled into" in out
+    assert "generate and prefill ran as they are." in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
