@@ -164,8 +164,8 @@ def test_verdicts(speed_, spread, peak, expected):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two tokens, one round, no processes."""
-    for name, value in (("LEAST", 1), ("MOST", 1), ("NEW", 2), ("BATCHES", (1, 2))):
+    """Two tokens, a round each way, no processes."""
+    for name, value in (("LEAST", 2), ("MOST", 2), ("NEW", 2), ("BATCHES", (1, 2))):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 1000)
     monkeypatch.setattr(roofline, "BUFFER_BYTES", 2**16)
@@ -218,6 +218,15 @@ def test_command_alone(quick, saved, run):
     assert code == 0, err
     assert "speed" not in out
     assert "slower" not in out
+
+
+def test_command_says_what_compiling_did(quick, saved, run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    code, out, err = run("bench", saved / "small", "--compile")
+    assert code == 0, err
+    # How many graphs and breaks is up to whatever else this process has compiled.
+    assert "The bare loop ran over a static cache, compiled into" in out
+    assert "generate and prefill ran as they are." in out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from krony.errors import KronyError
 from krony.footprint import disk_bytes, peak_memory
 from krony.modeling import config_of
 from krony.roofline import Gauge, Work, decode_work, prefill_work, timed
-from krony.runtimes import Runner
+from krony.runtimes import Runner, compile_report
 from krony.tables import times
 
 # Rounds of one measurement: at least LEAST, then more until SECONDS are over, at most MOST.
@@ -199,7 +199,8 @@ def bench(
         threads: of the CPU; None: as torch has it.
         compiled: `Runner`'s.
     Returns:
-        JSON-ready: environment, settings, machine, models (what they take), rows, verdicts.
+        JSON-ready: environment, settings, machine, models (what they take), rows, verdicts;
+        with `compiled`, what torch.compile did.
     Raises:
         KronyError: an unknown device or dtype, threads below 1, models that can't be loaded, of
             different vocabularies or dtypes, or too large for the device.
@@ -255,8 +256,9 @@ def _bench(
     loads = workloads(vocabulary, context, device, seed)
     timings, machine = measure(runners, loads, reference, progress)
     takes = {}
-    for number, (role, model) in enumerate(models.items()):
-        progress(f"memory of {names[role]}", number, len(models))
+    for number, role in enumerate(names):  # not `models`: the last one loaded is last there
+        model = models[role]
+        progress(f"memory of {names[role]}", number, len(names))
         takes[role] = {
             "source": names[role],
             "factored": config_of(model) is not None,
@@ -278,6 +280,8 @@ def _bench(
         "models": takes,
         "rows": timings + rows,
     }
+    if compiled:
+        record["compiled"] = compile_report()
     record["verdicts"] = verdicts(record)
     return record
 

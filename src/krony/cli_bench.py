@@ -61,10 +61,13 @@ def _notes(record: dict[str, Any]) -> str:
         lines.append("More than 100 % of the roofline: the weights stay in the processor's cache.")
     if settings["compiled"]:
         seconds = sum(m["compile_seconds"] for m in takes.values())
-        how = "kernels on the CPU" if settings["device"] == "cpu" else "CUDA graphs"
+        did = record["compiled"]
+        how = "C++" if settings["device"] == "cpu" else "CUDA graphs"
+        if did["cudagraph_skips"]:
+            how = f"kernels, {did['cudagraph_skips']} of them outside of CUDA graphs"
         lines.append(
-            f"The bare loop ran over a static cache, compiled into {how} in {seconds:.0f} s; "
-            "generate and prefill ran as they are."
+            f"The bare loop ran over a static cache, compiled into {how} in {seconds:.0f} s: "
+            f"{did['graphs']} graphs, {did['breaks']} breaks. generate and prefill ran as they are."
         )
     if len(takes) > 1:
         lines += record["verdicts"] or ["Nothing is slower, and nothing takes more."]

@@ -96,3 +96,14 @@ class Runner:
         """Seconds of a forward over a prompt (b, t) that fills a cache, up to the next token."""
         cache = DynamicCache(config=self.model.config)
         return timed(lambda: self._next(self.model.forward, ids, cache), self.device)
+
+
+def compile_report() -> dict[str, int]:
+    """What torch.compile did in this process: graphs, breaks between them, CUDA graphs skipped."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+    }

@@ -1,0 +1,134 @@
+"""One launch instead of three for a few tokens: the factored product as a custom operator.
+
+The operator `krony::decode` runs the Triton kernels of triton_kernels.py, forwards, and plain torch
+backwards. It is opaque to torch.compile, which therefore keeps it whole, and CUDA graphs record it.
+Triton is imported at the first call, never with krony.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from krony import kron
+from krony.kron import Layout, Shape
+
+# Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
+MAX_TOKENS = 16
+# Larger small factors are mixed anew by too many programs; low rank above all, whose "small" factor
+# is as large as the large one.
+MAX_SIDE, MAX_ENTRIES = 16, 1024
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:
+    """Whether `decode` can and should run on these: Triton, a recent GPU, one dtype, small sides.
+
+    With TRITON_INTERPRET=1, as in the tests, a CPU will do.
+
+    Args:
+        x, small, weight: those of `decode`.
+    """
+    tokens = x.numel() // x.shape[-1]
+    terms, *sides = small.shape
+    return (
+        _INSTALLED
+        and 0 < tokens <= MAX_TOKENS
+        and max(sides) <= MAX_SIDE
+        and terms * sides[0] * sides[1] <= MAX_ENTRIES
+        and x.dtype == small.dtype == weight.dtype
+        and x.dtype in DTYPES
+        and x.device == small.device == weight.device
+        and not torch.is_autocast_enabled(x.device.type)
+        and _runs_on(x.device.type, x.device.index)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(kind: str, index: int | None) -> bool:
+    if kind == "cuda":
+        # Triton's bfloat16 needs compute capability 8; float16 alone is not worth a rule.
+        return torch.cuda.get_device_capability(index)[0] >= 8
+    return kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def decode(
+    x: Tensor,
+    small: Tensor,
+    weight: Tensor,
+    large_shape: Shape,
+    layout: Layout = "small-outer",
+    mix_first: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r) in one launch; differentiable.
+
+    The same as `kron.apply` with a plain linear layer; call it where `available` says so.
+
+    Args:
+        x: (..., n), a few tokens.
+        small: B, (R, m2, n2). weight: A, as `kron.large_to_linear` lays it out. bias: (m,).
+    Returns:
+        (..., m), summed in float32, in the dtype of x.
+    """
+    lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    m1, n1 = large_shape
+    y = _decode(rows, small, weight, bias, m1, n1, layout == "small-outer", mix_first)
+    return y.reshape(*lead, y.shape[-1])
+
+
+@torch.library.custom_op("krony::decode", mutates_args=())
+def _decode(
+    x: Tensor, small: Tensor, weight: Tensor, bias: Tensor | None, m1: int, n1: int,
+    small_outer: bool, mix_first: bool,
+) -> Tensor:  # fmt: skip
+    from krony.triton_kernels import launch
+
+    y = x.new_empty(len(x), m1 * small.shape[1])
+    x, small, weight = x.contiguous(), small.contiguous(), weight.contiguous()
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        bias = None if bias is None else bias.contiguous()
+        launch(x, small, weight, bias, y, m1, n1, small_outer, mix_first)
+    return y
+
+
+@_decode.register_fake
+def _(x, small, weight, bias, m1, n1, small_outer, mix_first):  # type: ignore[no-untyped-def]
+    return x.new_empty(len(x), m1 * small.shape[1])
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, small, weight, bias, ctx.m1, ctx.n1, ctx.small_outer, ctx.mix_first = inputs
+    ctx.save_for_backward(x, small, weight)
+    ctx.biased = bias is not None
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Gradients of x, small, weight and bias, by plain products over the few tokens.
+
+    With G[t,c,a] that of y and V[t,c,r,b] = Σ_a G[t,c,a] A[r,a,b].
+    """
+    x, small, weight = ctx.saved_tensors
+    terms, m2, n2 = small.shape
+    large = kron.linear_to_large(weight, terms, ctx.mix_first)
+    if ctx.small_outer:
+        inputs, outputs = x.reshape(-1, n2, ctx.n1), grad.reshape(-1, m2, ctx.m1)
+    else:
+        inputs = x.reshape(-1, ctx.n1, n2).transpose(1, 2)
+        outputs = grad.reshape(-1, ctx.m1, m2).transpose(1, 2)
+    pulled = torch.einsum("tca,rab->tcrb", outputs, large)
+    d_inputs = torch.einsum("tcrb,rcd->tdb", pulled, small)
+    if not ctx.small_outer:
+        d_inputs = d_inputs.transpose(1, 2)
+    d_small = torch.einsum("tcrb,tdb->rcd", pulled, inputs)
+    mixed = torch.einsum("rcd,tdb->tcrb", small, inputs)
+    d_large = torch.einsum("tca,tcrb->rab", outputs, mixed)
+    d_weight = kron.large_to_linear(d_large, ctx.mix_first)
+    d_bias = grad.sum(0) if ctx.biased else None
+    return d_inputs.reshape(x.shape), d_small, d_weight, d_bias, None, None, None, None
+
+
+_decode.register_autograd(_backward, setup_context=_save)
