@@ -149,7 +149,9 @@ def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> G
         bos_token_id=end,
         eos_token_id=end,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # the default, found with a warning that breaks compiled graphs
+    return model
 
 
 class Run:
