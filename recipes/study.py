@@ -180,13 +180,13 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
     """A dense copy of a factored model, equal up to rounding and faster on long texts."""
     if not hasattr(model, "hf_quantizer"):
         return model
-    return copy.deepcopy(model).dequantize()  # type: ignore[operator]
+    return copy.deepcopy(model).dequantize()
 
 
 @torch.inference_mode()
 def inference_speed(model: PreTrainedModel, window: int, dtype: str) -> dict[str, float]:
     """Tokens a second, one text at a time: reading a full window, and writing greedily."""
-    model = copy.deepcopy(model).to(getattr(torch, dtype))  # type: ignore[arg-type]
+    model = copy.deepcopy(model).to(getattr(torch, dtype))
     ids = torch.arange(window, device=model.device)[None] % model.config.vocab_size
     decoded = min(DECODED, window - PROMPT)
 

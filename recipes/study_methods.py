@@ -74,7 +74,7 @@ class Methods:
     def moments(self) -> dict[str, Moments]:
         """Of the MLPs."""
         if self.cache.exists():
-            return read_moments(self.cache)
+            return read_moments(self.cache, self.base.device)
         found = calibrate.calibrate(
             self.base, self.windows, [t.name for t in self.targets], seed=self.seed
         )
@@ -88,7 +88,7 @@ class Methods:
         for t in self.targets:
             moments = self.moments[t.name]
             weight = dense_weight(self.base.get_submodule(t.name)).detach().double()
-            weight = weight.to(moments.inputs.total.device)
+            weight = weight.to(moments.inputs.device)
             rows.append(make_candidates(t, weight, moments, "size"))
         return rows
 
@@ -183,21 +183,21 @@ def drop_blocks(model: PreTrainedModel, most: int, windows: Tensor) -> PreTraine
 
 def write_moments(path: Path, moments: dict[str, Moments]) -> None:
     """One safetensors file."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, entry in moments.items():
         assert entry.gradient_square is not None
         tokens = torch.tensor([entry.inputs.tokens, entry.tokens])
         parts = (entry.inputs.total, entry.inputs.square, entry.gradient_square, tokens)
-        tensors |= {f"{name}:{i}": part.clone() for i, part in enumerate(parts)}
+        tensors |= {f"{name}:{i}": part.cpu().clone() for i, part in enumerate(parts)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     temporary.rename(path)
 
 
-def read_moments(path: Path) -> dict[str, Moments]:
+def read_moments(path: Path, device: torch.device) -> dict[str, Moments]:
     """The inverse of `write_moments`."""
-    tensors = load_file(path)
+    tensors = load_file(path, device=str(device))
     found = {}
     for name in dict.fromkeys(key.rpartition(":")[0] for key in tensors):
         total, square, gradient, tokens = (tensors[f"{name}:{i}"] for i in range(4))

@@ -102,16 +102,15 @@ def answer(records: list[Record]) -> list[str]:
             continue
         wins = []
         for text in rivals[0]["after"]:
-            ranked = sorted(rivals, key=lambda r, t=text: r["after"][t]["perplexity"])
-            first, second = (r["after"][text]["perplexity"] for r in ranked[:2])
-            wins.append((ranked[0]["cell"]["method"], text))
+            ranked = sorted((r["after"][text]["perplexity"], r["cell"]["method"]) for r in rivals)
+            (first, best), (second, other) = ranked[:2]
+            wins.append(best)
             lines.append(
-                f"- {size}, {text}: {wins[-1][0]} is best after healing, {figure(first)} against "
-                f"{figure(second)} of {ranked[1]['cell']['method']} ({second / first - 1:.1%} more)"
+                f"- {size}, {text}: {best} is best after healing, {figure(first)} against "
+                f"{figure(second)} of {other} ({second / first - 1:.1%} more)"
             )
-        methods = {method for method, _ in wins}
         holds = (
-            "one method is best on all texts" if len(methods) == 1 else "no method is best on all"
+            "one method is best on all texts" if len(set(wins)) == 1 else "no method is best on all"
         )
         lines.append(f"- {size}: {holds}, of {len(rivals)} methods measured.")
     return lines
