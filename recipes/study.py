@@ -54,8 +54,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     names = [cell.name for cell in CELLS]
     parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="NAME")
-    parser.add_argument("--tokens", default="4M", help="of healing")
-    parser.add_argument("--batch-tokens", type=int, default=16_384, help="in a step of healing")
+    parser.add_argument("--tokens", default="2M", help="of healing")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="in a step of healing")
     parser.add_argument("--loss", help="of healing; default: kl to the model that was compressed")
     parser.add_argument("--windows", type=int, default=128, help="to calibrate on")
     parser.add_argument(

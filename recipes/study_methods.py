@@ -49,7 +49,8 @@ PAPERS = ("van-loan-scaled", DATA, "van-loan", "prune")
 CELLS = [
     Cell("", DENSE),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("van-loan-scaled", BUDGET, LOW_RANK)),
-    *(Cell(size, m) for size in ("81M", "96M") for m in ("prune", DROPPED, SUMS, WHITENED)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in ("prune", DROPPED)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in (WHITENED, SUMS)),
     *(Cell(size, m) for size in ("81M", "96M") for m in (DATA, "van-loan")),
     *(Cell("81M-768", m) for m in PAPERS),
     *(Cell(s, m) for m in PAPERS if m != "prune" for s in ("92M-4", "80M-2")),
