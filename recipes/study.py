@@ -106,7 +106,7 @@ class Study:
 
     def evaluated(self, model: PreTrainedModel) -> dict[str, Any]:
         """Perplexity on every text, and on the last words of passages."""
-        model = folded(model)
+        model = folded(model.eval())
         found: dict[str, Any] = {}
         if self.device == "cuda":  # TF32, which keeps three bits more than bfloat16, for this only
             torch.set_float32_matmul_precision("high")

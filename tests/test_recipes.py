@@ -251,3 +251,16 @@ def test_sizes_are_the_papers_at_gpt2s_shapes(size):
         share = plan.parameters / plan.dense_parameters
         ours = study_methods.uniform_plan(methods.targets, method, share)
         assert 0.98 * plan.parameters < ours.parameters <= plan.parameters
+
+
+def test_evaluation_is_without_dropout():
+    """Healing leaves a model in training mode."""
+    model = krony.load_model("demo", torch.float32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    bench = object.__new__(study.Study)
+    bench.device, bench.window, bench.passages = "cpu", 64, {}
+    bench.ids = {"some": torch.randint(4096, (128,))}
+    wanted = bench.evaluated(model)["some"]["nats"]
+    assert bench.evaluated(model.train())["some"]["nats"] == wanted
