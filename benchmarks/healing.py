@@ -17,13 +17,12 @@ import torch
 import transformers
 
 import krony
-from initialisations import WEIGHTS_ONLY, low_rank_plan
+import starts
 from krony import blocks, calibrate, curves, data, evaluate
 from krony.budget import make_budget_plan
 from krony.checkpoints import write_json, write_text
 from krony.docstrings import installed, python_docstrings
 from krony.factorise import DATA
-from krony.families import find_targets
 from krony.limits import parse_count
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
@@ -79,32 +78,26 @@ def started(start: str, folder: Path) -> transformers.PreTrainedModel:
     path = folder / start.replace(" ", "-").replace(",", "")
     if not path.exists():
         model = krony.load_model("demo", torch.float32)
-        targets = find_targets(model, "mlp")
-        share = 0.25
-        ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
-        one = krony.Factors((64, 16), (16, 16)).parameters
-        init, options, moments, plan = start, None, None, krony.make_plan(model, small=(2, 2))
-        windows = None
-        if start in ("whitened SVD", "low rank", "balanced sum", "one term", "budget"):
-            init = DATA
+        windows, moments = None, None
+        if start == "budget" or start in starts.BY_DATA:
             tokenizer = krony.load_tokenizer("demo")
             windows = calibrate.calibration_windows(
                 "python-docstrings", model, tokenizer, CALIBRATION
             )
-        if start == "whitened SVD":
-            plan, options = low_rank_plan(targets, ranks), WEIGHTS_ONLY
-        elif start == "low rank":
-            plan = low_rank_plan(targets, ranks)
-        elif start == "balanced sum":
-            terms = int(share * 1024 * 256 / one)
-            plan = krony.make_plan(model, small=(16, 16), terms=terms)
-        elif start == "budget":
-            found = make_budget_plan(model, windows, share=share)
-            plan, moments = found.plan, found.moments
+        if start == "budget":
+            budget = make_budget_plan(model, windows, share=0.25)
+            found, moments = starts.Start(budget.plan, DATA), budget.moments
         elif start == "prune, half":
-            plan, init = krony.make_plan(model, small=(2, 1)), "prune"
+            found = starts.named(model, "prune", 0.5)
+        else:
+            found = starts.named(model, start, 0.25)
         krony.compress(
-            model, plan, init=init, calibration=windows, moments=moments, options=options
+            model,
+            found.plan,
+            init=found.init,
+            calibration=windows,
+            moments=moments,
+            options=found.options,
         )
         krony.save_model(model, path, krony.load_tokenizer("demo"))
     return krony.load_model(path, torch.float32)

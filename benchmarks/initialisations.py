@@ -20,6 +20,7 @@ import transformers
 from scipy.stats import spearmanr
 
 import krony
+import starts
 from krony import calibrate, data, docstrings, evaluate
 from krony.budget import (
     balanced_shapes,
@@ -32,23 +33,12 @@ from krony.factorise import DATA
 from krony.families import dense_weight, find_targets
 from krony.fit import Metric, is_low_rank, spectrum
 from krony.limits import Candidate, choose
-from krony.plan import matrix_plan
 from krony.sequential import DataOptions
 from krony.tables import factors_text
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of each held-out text
-WEIGHTS_ONLY = DataOptions(sequential=False, gradients=False)
 Kept = Callable[[Candidate], Candidate | None]
-
-
-def low_rank_plan(targets: list[Any], ranks: list[int]) -> krony.Plan:
-    """The low-rank corner at the given ranks."""
-    matrices = [
-        matrix_plan(t, (krony.Factors((t.shape[0], 1), (1, t.shape[1]), rank),))
-        for t, rank in zip(targets, ranks, strict=True)
-    ]
-    return krony.Plan(tuple(matrices))
 
 
 class Bench:
@@ -146,22 +136,21 @@ Job = tuple[str, krony.Plan, str, DataOptions | None]
 
 def methods(bench: Bench, share: float) -> list[Job]:
     """Every method at one share of the MLP parameters."""
-    model, targets = bench.model(), bench.targets
-    small = {0.5: (2, 1), 0.25: (2, 2)}[share]
-    paper = krony.make_plan(model, small=small)
-    ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
-    one = krony.Factors((64, 16), (16, 16)).parameters
-    sums = krony.make_plan(model, small=(16, 16), terms=int(share * 1024 * 256 / one))
-    low_rank = low_rank_plan(targets, ranks)
+    model = bench.model()
+
+    def job(label: str, name: str, init: str | None = None) -> Job:
+        start = starts.named(model, name, share)
+        return label, start.plan, init or start.init, start.options
+
     return [
-        ("paper, van-loan", paper, "van-loan", None),
-        ("paper, van-loan-scaled", paper, "van-loan-scaled", None),
-        ("paper, prune", paper, "prune", None),
-        ("one term, data", paper, DATA, None),
-        ("low rank, whitened SVD", low_rank, DATA, WEIGHTS_ONLY),
-        ("low rank, data", low_rank, DATA, None),
-        ("balanced sum, van-loan", sums, "van-loan", None),
-        ("balanced sum, data", sums, DATA, None),
+        job("paper, van-loan", "van-loan"),
+        job("paper, van-loan-scaled", "van-loan-scaled"),
+        job("paper, prune", "prune"),
+        job("one term, data", starts.ONE_TERM),
+        job("low rank, whitened SVD", starts.WHITENED),
+        job("low rank, data", starts.LOW_RANK),
+        job("balanced sum, van-loan", starts.SUMS, "van-loan"),
+        job("balanced sum, data", starts.SUMS),
         ("mixed, uniform shares", bench.uniform(share), DATA, None),
         ("budget, data", bench.budget(share), DATA, None),
     ]
@@ -242,7 +231,7 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
             0.5 * float(tails[t.name][rank:].sum())
             for t, rank in zip(bench.targets, ranks, strict=True)
         )
-        plan = low_rank_plan(bench.targets, ranks)
+        plan = starts.low_rank_plan(bench.targets, ranks)
         row = bench.measure(plan, DATA, DataOptions(sequential=False))
         points.append(
             {"predicted": harm, "measured": float(np.log(row["topics"]["against_dense"]))}

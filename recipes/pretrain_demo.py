@@ -32,7 +32,6 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -43,6 +42,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+)
+
+from pretraining import (
+    Windows,
+    fresh_sibling,
+    learning_rate_factor,
+    load_checkpoint,
+    optimisers,
+    replace_folder,
+    save_checkpoint,
 )
 
 END = "<|endoftext|>"
@@ -96,23 +105,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for each large tensor
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished temporary sibling in the place of a folder."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def fresh_sibling(folder: Path) -> Path:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -174,31 +166,6 @@ def prepare(folder: Path, seed: int) -> None:
     corpus["characters_by_package"] = dict(by_package.most_common())
     (temporary / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n")
     replace_folder(temporary, folder)
-
-
-class Windows:
-    """Training windows in an order that depends only on the seed and the position."""
-
-    def __init__(self, stream: np.ndarray, batch: int, seed: int) -> None:
-        self.stream, self.batch, self.seed = stream, batch, seed
-        self.count = (len(stream) - WINDOW) // WINDOW
-        self.epoch = -1
-        self.starts = np.zeros(0, dtype=np.int64)
-
-    def _start(self, position: int) -> int:
-        epoch, index = divmod(position, self.count)
-        if epoch != self.epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            # A new offset each epoch, so that windows are not cut twice at the same places.
-            self.starts = random.permutation(self.count) * WINDOW + random.integers(WINDOW)
-            self.epoch = epoch
-        return int(self.starts[index])
-
-    def __call__(self, step: int) -> torch.Tensor:
-        first = step * self.batch
-        starts = [self._start(position) for position in range(first, first + self.batch)]
-        rows = np.stack([self.stream[start : start + WINDOW] for start in starts])
-        return torch.from_numpy(rows.astype(np.int64))
 
 
 def mean_loss(
@@ -263,77 +230,6 @@ def new_llama() -> LlamaForCausalLM:
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": new_gpt2, "llama": new_llama}
-
-
-def optimisers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases.
-
-    In float32, AdamW for all.
-    """
-    matrices: list[torch.nn.Parameter] = []
-    embeddings: list[torch.nn.Parameter] = []
-    vectors: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and (".h." in name or ".layers." in name):
-            matrices.append(parameter)
-        else:
-            (embeddings if parameter.ndim == 2 else vectors).append(parameter)
-    groups = [
-        {"params": embeddings, "weight_decay": 0.01},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    decay = {"params": matrices, "weight_decay": 0.05}
-    if args.float32:
-        return [_adam([decay, *groups], args.adam_lr)]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=args.muon_lr,
-        momentum=0.95,
-        nesterov=True,
-        ns_steps=5,
-        weight_decay=0.05,
-        # The other rule depends on which side is the output, which Conv1D has transposed.
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [muon, _adam(groups, args.adam_lr)]
-
-
-def _adam(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-10, fused=True)
-
-
-def learning_rate_factor(step: int, progress: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to nothing when ``progress`` is 1."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-def save_checkpoint(
-    folder: Path, model: PreTrainedModel, optims: list[torch.optim.Optimizer], state: dict[str, Any]
-) -> None:
-    final = folder / f"checkpoint-{state['step']:06d}"
-    temporary = fresh_sibling(final)
-    save_model(model, str(temporary / "model.safetensors"))
-    torch.save([optim.state_dict() for optim in optims], temporary / "optimisers.pt")
-    (temporary / "state.json").write_text(json.dumps(state))
-    replace_folder(temporary, final)
-    for other in folder.glob("checkpoint-*"):
-        if other != final:
-            shutil.rmtree(other)
-
-
-def load_checkpoint(
-    folder: Path, model: PreTrainedModel, optims: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    found = [path for path in folder.glob("checkpoint-*") if path.suffix == ""]
-    if not found:
-        return {"step": 0, "seconds": 0.0, "curve": []}
-    newest = max(found)
-    load_model(model, str(newest / "model.safetensors"))
-    loaded = torch.load(newest / "optimisers.pt", weights_only=True)
-    for optim, saved in zip(optims, loaded, strict=True):
-        optim.load_state_dict(saved)
-    state: dict[str, Any] = json.loads((newest / "state.json").read_text())
-    return state
 
 
 def edit_json(
@@ -439,9 +335,10 @@ def main() -> None:
     prepare(data, args.seed)
     streams = {s: np.load(data / f"{s}.npy") for s in ("train", "validation", "topics")}
     model = FAMILIES[args.family]()
-    optims = optimisers(model, args)
+    muon_lr = None if args.float32 else args.muon_lr
+    optims = optimisers(model, args.adam_lr, muon_lr)
     state = load_checkpoint(args.output, model, optims)
-    batches = Windows(streams["train"], args.batch, args.seed)
+    batches = Windows(streams["train"], WINDOW, args.batch, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(streams['train']):,} tokens", flush=True)
 
     half = not args.float32

@@ -101,3 +101,16 @@ def test_texts_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("KRONY_DATA", str(tmp_path))
     with pytest.raises(KronyError, match="from the Hugging Face Hub; check the network"):
         data.load_text("lambada")
+
+
+def test_passages_are_the_lines_of_the_text(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "one two"}\n\n{"text": "three"}\n')
+    assert data.load_passages(str(path)) == (["one two", "three"], str(path))
+    assert data.load_text(str(path)).text == "one two\n\nthree"
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "some.txt", "absent.jsonl"])
+def test_texts_without_passages_are_refused(name):
+    with pytest.raises(KronyError, match=name):
+        data.load_passages(name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from krony import KronyError, evaluate, load_tokenizer
+from krony import KronyError, evaluate, load_model, load_tokenizer
 
 
 def plain(model, ids, window, stride):
@@ -32,7 +32,7 @@ def plain(model, ids, window, stride):
 @pytest.mark.parametrize("length", [64, 97, 129])
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 8), (32, 31), (64, 64), (8, 2)])
 def test_equals_a_plain_loop(gpt2, monkeypatch, window, stride, length, logit_bytes):
-    monkeypatch.setattr(evaluate, "LOGIT_BYTES", logit_bytes)
+    monkeypatch.setattr(evaluate, "LOGIT_BYTES", {"cpu": logit_bytes})
     ids = torch.randint(96, (length,), generator=torch.Generator().manual_seed(length))
     result = evaluate.perplexity(gpt2, ids, window=window, stride=stride)
     losses, means = plain(gpt2, ids, window, stride)
@@ -122,3 +122,47 @@ def test_generate_is_seeded_and_bounded():
 def test_environment_names_versions():
     assert evaluate.environment()["torch"] == torch.__version__
     assert tiny("gpt2").config.model_type == "gpt2"
+
+
+PASSAGES = [
+    "the end of the list",
+    "return True if the value is a number, and False if the value is a string",
+    "one two",
+    "Return the number of elements in the " + "very " * 300 + "list",  # beyond the context
+]
+
+
+@pytest.mark.parametrize("logit_bytes", [1, 2**28])
+def test_last_word_equals_one_passage_at_a_time(monkeypatch, logit_bytes):
+    monkeypatch.setattr(evaluate, "LOGIT_BYTES", {"cpu": logit_bytes})
+    model, tokenizer = load_model("demo", torch.float32), load_tokenizer("demo")
+    nats, right = [], []
+    for passage in PASSAGES:
+        context, _, word = passage.rpartition(" ")
+        ids = [tokenizer(part)["input_ids"] for part in (context, f" {word}")]
+        row = torch.tensor(ids[0] + ids[1])[-256:]
+        with torch.inference_mode():
+            logs = model(row[None]).logits[0].log_softmax(-1)[-len(ids[1]) - 1 : -1]
+        nats.append(-sum(float(log[i]) for log, i in zip(logs, ids[1], strict=True)))
+        right.append(logs.argmax(-1).tolist() == ids[1])
+    found = evaluate.last_word(model, tokenizer, PASSAGES, "some")
+    assert found.nats == pytest.approx(sum(nats) / 4, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(found.nats))
+    assert found.accuracy == sum(right) / 4
+    assert found.passages == 4
+
+
+def test_last_word_of_its_own_words_is_right():
+    model, tokenizer = load_model("demo", torch.float32), load_tokenizer("demo")
+    passage = evaluate.generate(model, tokenizer, "Return the number of", 12).strip()
+    passage = passage.rpartition(" ")[0]  # the last word may be cut short
+    ids = tokenizer(passage)["input_ids"]
+    cut = tokenizer(passage.rpartition(" ")[0])["input_ids"]
+    assert ids[: len(cut)] == cut
+    assert evaluate.last_word(model, tokenizer, [passage], "own").accuracy == 1.0
+
+
+@pytest.mark.parametrize("passages", [[], ["word"], ["two words", "word"]])
+def test_passages_of_one_word_are_refused(gpt2, passages):
+    with pytest.raises(KronyError, match="single word"):
+        evaluate.last_word(gpt2, load_tokenizer("demo"), passages, "some")

@@ -155,13 +155,14 @@ def make_budget_plan(
         )
     rows = []
     for number, found in enumerate(targets, 1):
-        weight = dense_weight(model.get_submodule(found.name)).detach().double().cpu()
+        weight = dense_weight(model.get_submodule(found.name)).detach().double()
         metric = moments[found.name]
         if isinstance(metric, RowMetric):
-            priced = embedding.candidates(found, weight, metric)
+            priced = embedding.candidates(found, weight.cpu(), metric)
             rows.append([candidate(found, (), 0.0)])
             rows[-1] += [candidate(found, (factors,), harm) for factors, harm in priced]
         else:
+            weight = weight.to(metric.inputs.device)
             rows.append(make_candidates(found, weight, metric, objective))
         if progress is not None:
             progress("Pricing", number, len(targets))

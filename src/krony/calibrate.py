@@ -1,7 +1,8 @@
 """Second moments of what flows into and back through the matrices of a model.
 
 Memory: for each matrix (m, n) that is asked for, n² + m² numbers in float64; matrices that read the
-same tensor (gate and up; q, k and v) share the first part. GPT-2 small's MLPs take 1.9 GB.
+same tensor (gate and up; q, k and v) share the first part. GPT-2 small's MLPs take 1.9 GB. They are
+kept on the model's GPU if they leave most of its memory free, and factors are then fitted there.
 """
 
 import copy
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import data, docstrings, evaluate
 from krony.errors import KronyError
+from krony.families import dense_weight
 
 TOKENS_PER_DIMENSION = 20
 SELF = "self"
@@ -27,15 +29,15 @@ LOGIT_BYTES = 2**28  # of one batch; the backward pass holds about six times tha
 MOST_WINDOWS = 8
 
 
-def gram(x: Tensor) -> Tensor:
-    """xᵀ x of (T, n) in float64 on the CPU: products in x's own dtype, the lower half mirrored."""
+def gram(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """xᵀ x of (T, n) in float64 on a device: products in x's own dtype, the lower half mirrored."""
     n = x.shape[1]
     if n <= GRAM_SIDE:
-        return (x.T @ x).double().cpu()
-    made = torch.empty(n, n, dtype=torch.float64)
+        return (x.T @ x).double().to(device)
+    made = torch.empty(n, n, dtype=torch.float64, device=device)
     for start in range(0, n, GRAM_SIDE):
         part = slice(start, start + GRAM_SIDE)
-        made[part, start:] = (x[:, part].T @ x[:, start:]).double().cpu()
+        made[part, start:] = (x[:, part].T @ x[:, start:]).double().to(device)
         made[start:, part] = made[part, start:].T
     return made
 
@@ -55,17 +57,21 @@ class Inputs:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, width: int) -> "Inputs":
-        return cls(
-            torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-        )
+    def zeros(cls, width: int, device: torch.device | str = "cpu") -> "Inputs":
+        total = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(total, torch.zeros(width, width, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor) -> None:
         """Add a block of tokens (..., n): products in its own dtype, the sum in float64."""
         x = x.detach().reshape(-1, x.shape[-1])
-        self.total += x.sum(0, dtype=torch.float64).cpu()
-        self.square += gram(x)
+        self.total += x.sum(0, dtype=torch.float64).to(self.device)
+        self.square += gram(x, self.device)
         self.tokens += len(x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are kept."""
+        return self.total.device
 
     @property
     def mean(self) -> Tensor:
@@ -205,14 +211,15 @@ def calibrate(
     # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
     shared: dict[int, tuple[Tensor, Inputs]] = {}
     modules = {name: model.get_submodule(name) for name in names}
+    home = _home(model, list(modules.values()))
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             (x,) = arguments
             if name not in found:  # the first batch shows which matrices read the same tensor
-                _, inputs = shared.setdefault(id(x), (x, Inputs.zeros(x.shape[-1])))
+                _, inputs = shared.setdefault(id(x), (x, Inputs.zeros(x.shape[-1], home)))
                 width = output.shape[-1]
-                square = torch.zeros(width, width, dtype=torch.float64) if gradients else None
+                square = Inputs.zeros(width, home).square if gradients else None
                 found[name] = Moments(inputs, square)
             entry = found[name]
             if id(entry.inputs) not in seen:
@@ -249,10 +256,21 @@ def calibrate(
     return found
 
 
+def _home(model: PreTrainedModel, modules: list[nn.Module]) -> torch.device:
+    """The model's GPU if the moments take less than a quarter of its free memory, else the CPU."""
+    if model.device.type != "cuda":
+        return torch.device("cpu")
+    shapes = [dense_weight(module).shape for module in modules]
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return (
+        model.device if 32 * sum(m * m + n * n for m, n in shapes) < free else torch.device("cpu")
+    )
+
+
 def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     flat = gradient.reshape(-1, gradient.shape[-1])
     assert entry.gradient_square is not None
-    entry.gradient_square += gram(flat)
+    entry.gradient_square += gram(flat, entry.gradient_square.device)
     entry.tokens += len(flat)
 
 

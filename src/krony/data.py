@@ -55,7 +55,7 @@ def _file(name: str) -> Text:
     path = Path(name)
     try:
         if path.suffix == ".jsonl":
-            return Text(path.name, _jsonl(path), str(path))
+            return Text(path.name, SEPARATOR.join(_jsonl(path)), str(path))
         return Text(path.name, _read(path), str(path))
     except OSError as error:
         raise KronyError(f"can't read the text {name}: {error.strerror}") from error
@@ -68,7 +68,7 @@ def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def _jsonl(path: Path) -> str:
+def _jsonl(path: Path) -> list[str]:
     texts = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -80,7 +80,7 @@ def _jsonl(path: Path) -> str:
                 raise KronyError(
                     f'line {number} of {path} is no JSON object with a "text"; every line must be'
                 ) from error
-    return SEPARATOR.join(texts)
+    return texts
 
 
 def _wikitext(folder: str, configuration: str) -> Callable[[str], Text]:
@@ -92,20 +92,36 @@ def _wikitext(folder: str, configuration: str) -> Callable[[str], Text]:
             lines = _read(path).split("\n")
             rows = [line + "\n" if line.strip() else "" for line in lines[:-1]]
             return Text(name, SEPARATOR.join(rows), f"{folder}/wiki.test.tokens")
-        return _hub(name, "Salesforce/wikitext", configuration)
+        rows, origin = _hub(name, "Salesforce/wikitext", configuration)
+        return Text(name, SEPARATOR.join(rows), origin)
 
     return load
 
 
+def load_passages(name: str) -> tuple[list[str], str]:
+    """The passages of LAMBADA ("lambada"), or the texts of a .jsonl, and where they came from.
+
+    Raises:
+        KronyError: what `load_text` raises, and a text that is not one of passages.
+    """
+    if name == "lambada":
+        local = data_folder()
+        path = local / "lambada" / "lambada_test.jsonl" if local else None
+        if path and path.is_file():
+            return _jsonl(path), "lambada/lambada_test.jsonl"
+        return _hub(name, "EleutherAI/lambada_openai", "default")
+    if Path(name).suffix != ".jsonl":
+        raise KronyError(f"{name} has no passages; give lambada, or a .jsonl with one in each line")
+    load_text(name)  # for its errors
+    return _jsonl(Path(name)), name
+
+
 def _lambada(name: str) -> Text:
-    local = data_folder()
-    path = local / "lambada" / "lambada_test.jsonl" if local else None
-    if path and path.is_file():
-        return Text(name, _jsonl(path), "lambada/lambada_test.jsonl")
-    return _hub(name, "EleutherAI/lambada_openai", "default")
+    passages, origin = load_passages(name)
+    return Text(name, SEPARATOR.join(passages), origin)
 
 
-def _hub(name: str, repository: str, configuration: str) -> Text:
+def _hub(name: str, repository: str, configuration: str) -> tuple[list[str], str]:
     import datasets
 
     try:
@@ -115,7 +131,7 @@ def _hub(name: str, repository: str, configuration: str) -> Text:
             f"can't load {name} ({repository}, {configuration}) from the Hugging Face Hub; check "
             "the network, or put the files in a folder that KRONY_DATA names"
         ) from error
-    return Text(name, SEPARATOR.join(rows), f"{repository} {configuration} test")
+    return list(rows), f"{repository} {configuration} test"
 
 
 def _python_docs(name: str) -> Text:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from krony.data import Text
 from krony.errors import KronyError
 
-# Bytes of float32 logits held at a time: on a CPU larger buffers are slower (fresh pages).
-LOGIT_BYTES = 16 * 2**20
+# Bytes of float32 logits held at a time: on a CPU larger buffers are slower (fresh pages), on a GPU
+# smaller batches are.
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def perplexity(
             "text or a smaller --window"
         )
     spans = list(windows(len(ids), window, stride))
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = max(1, LOGIT_BYTES // (4 * window * vocabulary))
+    batch = max(1, _tokens_at_once(model) // window)
     started, sums, counts = time.perf_counter(), [], []
     for start in range(0, len(spans), batch):
         part = spans[start : start + batch]
@@ -155,6 +155,11 @@ def perplexity(
     )
 
 
+def _tokens_at_once(model: PreTrainedModel) -> int:
+    room = LOGIT_BYTES.get(model.device.type, LOGIT_BYTES["cpu"])
+    return room // (4 * model.config.get_text_config().vocab_size)
+
+
 def _exp(nats: float) -> float:
     # A ruined model can lose more nats a token than a float's exponent holds.
     return math.exp(nats) if nats < 700 else math.inf
@@ -168,6 +173,68 @@ def _losses(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int
     labels = F.pad(rows[:, 1:], (0, 1), value=-100)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view(rows.shape)[:, :-1]
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """How well the last word of passages is predicted from the rest, as LAMBADA asks it.
+
+    Attributes:
+        accuracy: share of passages of whose last word every token was the likeliest.
+        perplexity: exp of the mean over passages of the summed loss of that word's tokens.
+        nats: that mean.
+    """
+
+    data: str
+    passages: int
+    accuracy: float
+    perplexity: float
+    nats: float
+
+
+@torch.inference_mode()
+def last_word(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], name: str
+) -> LastWord:
+    """Accuracy and perplexity of the last word of every passage, given the rest of the passage.
+
+    A passage is cut at its last space; what does not fit into the context is cut off in front.
+
+    Args:
+        name: of the passages, for the record only.
+    Raises:
+        KronyError: no passages, or one of a single word.
+    Source: Paperno et al. 2016; the cut is that of OpenAI's version of the test set.
+    """
+    pairs = [passage.strip().rpartition(" ") for passage in passages]
+    if not pairs or not all(context for context, _, _ in pairs):
+        raise KronyError(f"{name} has no passages, or one of a single word; give whole passages")
+    contexts, words = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in ([c for c, _, _ in pairs], [f" {w}" for _, _, w in pairs])
+    )
+    longest = context_length(model)
+    rows = [(c + w)[-longest:] for c, w in zip(contexts, words, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    room, sums, right, start = _tokens_at_once(model), list[float](), 0, 0
+    while start < len(order):
+        stop = start + 1  # sorted by length, so that the next one would be the longest
+        while stop < len(order) and len(rows[order[stop]]) * (stop + 1 - start) <= room:
+            stop += 1
+        batch = order[start:stop]
+        width = max(len(rows[i]) for i in batch)
+        # Padded behind: what comes later changes nothing in a causal model.
+        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch])
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        for row, i in enumerate(batch):
+            end, count = len(rows[i]), len(words[i])
+            wanted = ids[row, end - count : end].to(logits.device)
+            made = logits[row, end - count - 1 : end - 1].float()
+            sums.append(float(F.cross_entropy(made, wanted, reduction="sum")))
+            right += bool((made.argmax(-1) == wanted).all())
+        start = stop
+    nats = math.fsum(sums) / len(sums)
+    return LastWord(name, len(sums), right / len(sums), _exp(nats), nats)
 
 
 @torch.inference_mode()

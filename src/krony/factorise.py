@@ -38,7 +38,8 @@ class Terms:
     def from_layout(cls, factors: Factors, outer: Tensor, inner: Tensor) -> "Terms":
         """Sort outer and inner factors into large and small."""
         large, small = kron.in_order(outer, inner, factors.layout)
-        return cls(large, small, torch.ones(factors.terms, dtype=torch.float64))
+        ones = torch.ones(factors.terms, dtype=torch.float64, device=outer.device)
+        return cls(large, small, ones)
 
     def ordered(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """(outer, inner), the scalars multiplied in."""

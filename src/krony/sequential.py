@@ -10,6 +10,7 @@ then removes the mean error exactly.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,15 @@ class _Pairing:
 
     @classmethod
     def zeros(cls, m: int, inputs: Inputs) -> "_Pairing":
-        cross = torch.zeros(m, inputs.total.numel(), dtype=torch.float64)
-        return cls(inputs, cross, torch.zeros(m, dtype=torch.float64))
+        where: dict[str, Any] = {"dtype": torch.float64, "device": inputs.device}
+        cross = torch.zeros(m, inputs.total.numel(), **where)
+        return cls(inputs, cross, torch.zeros(m, **where))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add a block of tokens; the inputs, which matrices may share, are added by the caller."""
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        self.cross += (y.T @ x).double().cpu()
-        self.mean_out += y.sum(0, dtype=torch.float64).cpu()
+        self.cross += (y.T @ x).double().to(self.inputs.device)
+        self.mean_out += y.sum(0, dtype=torch.float64).to(self.inputs.device)
 
 
 def fit_matrix(
@@ -149,10 +151,11 @@ def fit_plan(
 
     def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
         entry, matrix = moments[name], planned[name]
-        bias = None if layer.bias is None else layer.bias.detach().double().cpu()  # type: ignore[operator]
+        home = entry.inputs.device
+        bias = None if layer.bias is None else layer.bias.detach().double().to(home)  # type: ignore[operator]
         fitted = fit_matrix(
             matrix,
-            dense_weight(layer).detach().double().cpu(),
+            dense_weight(layer).detach().double().to(home),
             bias,
             entry.inputs if pairing is None else pairing.inputs,
             entry.gradient if options.gradients else None,
@@ -194,7 +197,10 @@ def fit_plan(
                 lift = options.residual and _writes_the_stream(
                     stream, index, work, hidden[0], stage
                 )
-                pairings = _pair(stream, index, dense, work, dense_hidden, hidden, stage, lift)
+                home = moments[prefix + stage[0]].inputs.device
+                pairings = _pair(
+                    stream, index, dense, work, dense_hidden, hidden, stage, lift, home
+                )
                 for name, pairing in pairings.items():
                     layer = dense.get_submodule(name)
                     made = solve(prefix + name, layer, pairing)
@@ -253,6 +259,7 @@ def _pair(
     hidden: list[Tensor],
     stage: list[str],
     lift: bool,
+    home: torch.device,
 ) -> dict[str, _Pairing]:
     """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches.
 
@@ -273,7 +280,7 @@ def _pair(
         if lift:
             outputs = {stage[0]: current[stage[0]] + (wanted - now)}
         x = inputs[stage[0]]
-        shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1])
+        shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1], home)
         shared.add(x)
         for name, y in outputs.items():
             if name not in found:

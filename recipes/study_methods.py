@@ -1,0 +1,207 @@
+"""The cells of a study: every size and method, and what makes a model of one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import krony
+from krony import calibrate, families, info, schemes
+from krony.budget import balanced_shapes, make_candidates, make_plan_of, sized
+from krony.calibrate import Inputs, Moments
+from krony.factorise import DATA
+from krony.families import Target, dense_weight, find_targets
+from krony.limits import Candidate, choose
+from krony.plan import Plan, matrix_plan
+
+SIZES = {
+    **{name: schemes.SCHEMES[name] for name in ("96M", "81M", "80M-2", "92M-4")},
+    "81M-768": replace(schemes.SCHEMES["81M"], shape=(768, 768)),
+}
+WHITENED, LOW_RANK, SUMS, BUDGET = "whitened SVD", "low rank", "balanced sum", "budget"
+DROPPED, DENSE = "layers dropped", "dense"
+OURS = (BUDGET, SUMS, LOW_RANK, WHITENED, DROPPED)  # at a size, in no shape of the paper's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A size and a method: an initialisation of the paper's shape of that size, or one of OURS."""
+
+    size: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        """As `--cells` takes it."""
+        return f"{self.size} {self.method}".strip()
+
+
+PAPERS = ("van-loan-scaled", DATA, "van-loan", "prune")
+# What answers the question comes first: one lease may not last for all of them.
+CELLS = [
+    Cell("", DENSE),
+    *(Cell(size, m) for size in ("81M", "96M") for m in ("van-loan-scaled", BUDGET, LOW_RANK)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in ("prune", DROPPED)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in (WHITENED, SUMS)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in (DATA, "van-loan")),
+    *(Cell("81M-768", m) for m in PAPERS),
+    *(Cell(s, m) for m in PAPERS if m != "prune" for s in ("92M-4", "80M-2")),
+    *(Cell(size, "random") for size in SIZES),
+]
+
+
+class Methods:
+    """Makes the model of any cell.
+
+    Args:
+        base: the dense model, which stays as it is.
+        windows: token ids to calibrate on, (windows, window).
+        cache: file for the moments, which one run finds for all that follow.
+    """
+
+    def __init__(self, base: PreTrainedModel, windows: Tensor, cache: Path, seed: int) -> None:
+        self.base, self.windows, self.cache, self.seed = base, windows, cache, seed
+        self.targets = find_targets(base, "mlp")
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Of the MLPs."""
+        if self.cache.exists():
+            return read_moments(self.cache, self.base.device)
+        found = calibrate.calibrate(
+            self.base, self.windows, [t.name for t in self.targets], seed=self.seed
+        )
+        write_moments(self.cache, found)
+        return found
+
+    @cached_property
+    def candidates(self) -> list[list[Candidate]]:
+        """What the budget planner chooses from, priced once for all sizes."""
+        rows = []
+        for t in self.targets:
+            moments = self.moments[t.name]
+            weight = dense_weight(self.base.get_submodule(t.name)).detach().double()
+            weight = weight.to(moments.inputs.device)
+            rows.append(make_candidates(t, weight, moments, "size"))
+        return rows
+
+    def paper_plan(self, size: str) -> Plan:
+        """The paper's shape of that size, by its small factor: in other models the same shares."""
+        scheme = SIZES[size]
+        gpt2 = (schemes.GPT2_HIDDEN, schemes.GPT2_MODEL)
+        small = schemes.divide(gpt2, scheme.shape)
+        return krony.make_plan(self.base, small=small, terms=scheme.terms, scalars=scheme.scalars)
+
+    def prepare(self, cell: Cell) -> None:
+        """Find, or read, what cells share, so that their own time can be measured without it."""
+        if cell.method == BUDGET:
+            _ = self.candidates
+        elif cell.method in (*OURS, DATA) and cell.method != DROPPED:
+            _ = self.moments
+
+    def compressed(self, cell: Cell) -> PreTrainedModel:
+        """The model, compressed as the cell says."""
+        model = copy.deepcopy(self.base)
+        if cell.method == DENSE:
+            return model
+        paper = self.paper_plan(cell.size)
+        if cell.method == DROPPED:
+            most = info.parameters(model) - paper.dense_parameters + paper.parameters
+            return drop_blocks(model, most, self.windows[:8].to(model.device))
+        if cell.method not in OURS:
+            if cell.method != DATA:
+                return krony.compress(model, paper, init=cell.method, seed=self.seed)
+            plan = paper
+        elif cell.method == BUDGET:
+            plan = make_plan_of(
+                self.targets, choose(self.candidates, {"parameters": paper.parameters})
+            )
+        else:
+            share = paper.parameters / paper.dense_parameters
+            plan = uniform_plan(self.targets, cell.method, share)
+        weights_only = krony.DataOptions(sequential=False, gradients=False)
+        return krony.compress(
+            model,
+            plan,
+            init=DATA,
+            seed=self.seed,
+            calibration=self.windows,
+            moments=self.moments,
+            options=weights_only if cell.method == WHITENED else None,
+        )
+
+
+def uniform_plan(targets: list[Target], method: str, share: float) -> Plan:
+    """One structure at the same share of every matrix."""
+
+    def factors(target: Target) -> krony.Factors:
+        m, n = target.shape
+        if method == SUMS:
+            return sized(*balanced_shapes(target.shape), share)
+        if method == LOW_RANK:
+            return sized((m, 1), (1, n), share)
+        return krony.Factors((m, 1), (1, n), max(1, int(share * m * n / (m + n))))
+
+    return Plan(tuple(matrix_plan(t, (factors(t),)) for t in targets))
+
+
+@torch.inference_mode()
+def drop_blocks(model: PreTrainedModel, most: int, windows: Tensor) -> PreTrainedModel:
+    """Leave out whole blocks, those that turn their input least, until `most` parameters are left.
+
+    Source: Men et al. 2024 (ShortGPT), whose score is the cosine between a block's two ends.
+    """
+    states = model(input_ids=windows, output_hidden_states=True, use_cache=False).hidden_states
+    found = families.blocks(model)
+    # The last of the states is after the final norm, so the last block is scored with it.
+    turned = [
+        1 - float(nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+        for before, after in pairwise(states)
+    ]
+    size, left = info.parameters(model), list(range(len(found)))
+    for index in sorted(left, key=lambda i: turned[i]):
+        if size <= most * 1.001 or len(left) == 1:
+            break
+        size -= sum(p.numel() for p in found[index][2].parameters())
+        left.remove(index)
+    kept = nn.ModuleList([found[index][2] for index in left])
+    for index, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):  # its place in the cache
+                module.layer_idx = index  # type: ignore[assignment]
+    model.set_submodule(found[0][0].rpartition(".")[0], kept)
+    model.config.get_text_config().num_hidden_layers = len(kept)
+    return model
+
+
+def write_moments(path: Path, moments: dict[str, Moments]) -> None:
+    """One safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in moments.items():
+        assert entry.gradient_square is not None
+        tokens = torch.tensor([entry.inputs.tokens, entry.tokens])
+        parts = (entry.inputs.total, entry.inputs.square, entry.gradient_square, tokens)
+        tensors |= {f"{name}:{i}": part.cpu().clone() for i, part in enumerate(parts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.rename(path)
+
+
+def read_moments(path: Path, device: torch.device) -> dict[str, Moments]:
+    """The inverse of `write_moments`."""
+    tensors = load_file(path, device=str(device))
+    found = {}
+    for name in dict.fromkeys(key.rpartition(":")[0] for key in tensors):
+        total, square, gradient, tokens = (tensors[f"{name}:{i}"] for i in range(4))
+        inputs = Inputs(total, square, int(tokens[0]))
+        found[name] = Moments(inputs, gradient, int(tokens[1]))
+    return found
