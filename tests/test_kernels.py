@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import dense_sum
-from krony import kernels, kron
+from krony import KroneckerGroup, KroneckerLinear, kernels, kron
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -60,6 +60,18 @@ def test_decode_is_the_dense_product(large, small, terms, tokens, layout, mix_fi
     torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-4)
     made = kernels.decode(x[None], b, weight, large, layout, mix_first, bias)
     torch.testing.assert_close(made.double(), (expected + bias)[None], rtol=1e-5, atol=1e-4)
+
+
+@launches
+def test_a_layer_decodes_with_them_and_takes_many_tokens_without(monkeypatch):
+    calls, decode = [], kernels.decode
+    monkeypatch.setattr(kernels, "decode", lambda *a: calls.append(len(a[0])) or decode(*a))
+    layer = KroneckerLinear(40, 36, [KroneckerGroup((18, 20), (2, 2), 2)]).to(DEVICE)
+    for tokens in (1, 16, 17):
+        x = torch.randn(tokens, 40, device=DEVICE)
+        expected = x @ layer.weight.T + layer.bias
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert calls == [1, 16]
 
 
 @launches
@@ -159,7 +171,7 @@ def make(tokens=1, small=(2, 2), terms=1, dtype=torch.float32):
 )
 def test_available(arguments, expected, monkeypatch):
     monkeypatch.setattr(kernels, "_INSTALLED", True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_INTERPRETED", True)
     assert kernels.available(*arguments) is expected
     with torch.autocast("cpu", torch.bfloat16):
         assert not kernels.available(*arguments)
@@ -169,6 +181,6 @@ def test_available(arguments, expected, monkeypatch):
 
 def test_a_cpu_falls_back_and_imports_no_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "_INSTALLED", True)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
     assert not kernels.available(*make())
     assert INTERPRETED or DEVICE == "cuda" or "krony.triton_kernels" not in sys.modules

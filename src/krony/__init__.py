@@ -11,6 +11,7 @@ import logging
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+from krony import kernels
 from krony.budget import BudgetPlan, make_budget_plan
 from krony.calibrate import calibration_windows
 from krony.checkpoints import load_model, load_tokenizer, save_model
@@ -24,6 +25,8 @@ from krony.plan import MatrixPlan, Plan, make_plan
 from krony.quantize import quantize
 from krony.schemes import SCHEMES, Factors
 from krony.sequential import DataOptions
+
+KroneckerGroup.fused = kernels
 
 __version__ = "0.1.0"
 

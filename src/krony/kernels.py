@@ -21,6 +21,7 @@ MAX_TOKENS = 16
 MAX_SIDE, MAX_ENTRIES = 16, 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -32,6 +33,8 @@ def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:
     Args:
         x, small, weight: those of `decode`.
     """
+    if not (x.is_cuda or _INTERPRETED) or torch.compiler.is_exporting():
+        return False
     tokens = x.numel() // x.shape[-1]
     terms, *sides = small.shape
     return (
@@ -52,7 +55,7 @@ def _runs_on(kind: str, index: int | None) -> bool:
     if kind == "cuda":
         # Triton's bfloat16 needs compute capability 8; float16 alone is not worth a rule.
         return torch.cuda.get_device_capability(index)[0] >= 8
-    return kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return kind == "cpu" and _INTERPRETED
 
 
 def decode(

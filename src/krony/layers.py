@@ -28,6 +28,9 @@ class KroneckerGroup(nn.Module):
     """
 
     order: Tensor | None
+    # One launch for a few tokens on a GPU (kernels.py). Set where krony is imported: this module is
+    # also copied into self-contained models, which do without.
+    fused: Any = None
 
     def __init__(
         self,
@@ -141,10 +144,13 @@ class KroneckerGroup(nn.Module):
 
     def factored(self, x: Tensor) -> Tensor:
         """x Wᵀ by the factors, whatever the number of tokens."""
-        large = self.large.weight if self.is_plain else self.large
-        return kron.apply(
-            x, self.scaled_small, large, self.large_shape, self.layout, self.mix_first
-        )
+        small, shapes = self.scaled_small, (self.large_shape, self.layout, self.mix_first)
+        if not self.is_plain:
+            return kron.apply(x, small, self.large, *shapes)
+        weight = self.large.weight
+        if self.fused is not None and self.fused.available(x, small, weight):
+            return self.fused.decode(x, small, weight, *shapes)
+        return kron.apply(x, small, weight, *shapes)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W, (..., n), W not formed."""
