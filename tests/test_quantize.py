@@ -194,6 +194,13 @@ def test_embeddings_attention_and_small_factors_stay():
     torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_compiles_whole(to):
+    made = quantize(model(), to)
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(made))
+
+
 def test_dynamic_inputs_are_close_to_weights_alone():
     expected = logits(quantize(model(), "int8"))
     found = logits(quantize(model(), "int8-dynamic"))
