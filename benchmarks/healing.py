@@ -36,11 +36,13 @@ class Cell:
     start: str
     loss: str
     recipe: str = "default"
+    batch_tokens: int | None = None
 
     @property
     def name(self) -> str:
         recipe = "" if self.recipe == "default" else f", {self.recipe}"
-        return f"{self.start}, {self.loss}{recipe}"
+        batch = "" if self.batch_tokens is None else f", {self.batch_tokens} a step"
+        return f"{self.start}, {self.loss}{recipe}{batch}"
 
 
 CELLS = [
@@ -50,6 +52,8 @@ CELLS = [
     Cell("low rank", "kl"),
     Cell("balanced sum", "kl"),
     Cell("budget", "kl"),
+    Cell("budget", "kl", batch_tokens=2048),
+    Cell("budget", "kl", batch_tokens=1024),
     Cell("budget", "ce"),
     Cell("whitened SVD", "ce"),
     Cell("low rank", "ce"),
@@ -124,6 +128,7 @@ def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     config = krony.HealConfig(
         tokens=tokens,
         recipe=cell.recipe,
+        batch_tokens=cell.batch_tokens,
         loss=cell.loss,
         seed=seed,
         eval_every=tokens // 6,

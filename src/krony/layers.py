@@ -68,6 +68,8 @@ class KroneckerGroup(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random factors whose sum has the entries of a fresh `nn.Linear`: variance 1/(3n)."""
+        if self.small.is_meta:  # nothing to fill, and torch takes milliseconds to find that out
+            return
         fan_in = self.large_shape[1] * self.small_shape[1]
         if self.order is None:
             deviation = (1 / (3 * fan_in * self.terms)) ** 0.25
