@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             study.run(cell, out)
         except (krony.KronyError, RuntimeError) as error:
-            # The rest of a lease is for the other cells.
+            # The rest of the rental is for the other cells.
             failed += 1
             print(f"{cell.name}: failed, {error}", file=sys.stderr, flush=True)
             continue

@@ -45,7 +45,7 @@ class Cell:
 
 
 PAPERS = ("van-loan-scaled", DATA, "van-loan", "prune")
-# What answers the question comes first: one lease may not last for all of them.
+# What answers the question comes first: one rental may not last for all of them.
 CELLS = [
     Cell("", DENSE),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("van-loan-scaled", BUDGET, LOW_RANK)),
