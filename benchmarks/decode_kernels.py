@@ -3,7 +3,7 @@
 One matrix at a time, GPT-2 small's shapes, a few tokens. Each form runs through so many copies of
 its weights that no cache holds them, eagerly and as a CUDA graph; the forms take turns.
 
-python benchmarks/kernels.py [--tokens 1 4 16] [--dtypes bfloat16 float32]
+python benchmarks/decode_kernels.py [--tokens 1 4 16] [--dtypes bfloat16 float32]
 """
 
 import argparse
@@ -87,10 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_kernels.json"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py needs a CUDA device, and torch sees none here")
+        sys.exit("benchmarks/decode_kernels.py needs a CUDA device, and torch sees none here")
     device, rows = torch.device("cuda"), []
     print("| factors | dtype | tokens | run | dense, µs | torch | kernel | kernel against dense |")
     print("|---|---|---|---|---|---|---|---|")
