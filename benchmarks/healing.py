@@ -27,6 +27,7 @@ from krony.limits import parse_count
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
+COMPARISON = "comparison"  # one batch and learning rate for all starts and losses
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,12 @@ class Cell:
 
     start: str
     loss: str
-    recipe: str = "default"
-    batch_tokens: int | None = None
+    recipe: str = COMPARISON
 
     @property
     def name(self) -> str:
-        recipe = "" if self.recipe == "default" else f", {self.recipe}"
-        batch = "" if self.batch_tokens is None else f", {self.batch_tokens} a step"
-        return f"{self.start}, {self.loss}{recipe}{batch}"
+        recipe = "" if self.recipe == COMPARISON else f", {self.recipe}"
+        return f"{self.start}, {self.loss}{recipe}"
 
 
 CELLS = [
@@ -52,8 +51,7 @@ CELLS = [
     Cell("low rank", "kl"),
     Cell("balanced sum", "kl"),
     Cell("budget", "kl"),
-    Cell("budget", "kl", batch_tokens=2048),
-    Cell("budget", "kl", batch_tokens=1024),
+    Cell("budget", "kl", "default"),
     Cell("budget", "ce"),
     Cell("whitened SVD", "ce"),
     Cell("low rank", "ce"),
@@ -68,6 +66,7 @@ CELLS = [
     Cell("random", "kl"),
     Cell("dense", "ce"),
     Cell("van-loan-scaled", "ce", "krony-pt"),
+    Cell("van-loan-scaled", "ce", "default"),
     Cell("budget", "ce", "krony-pt"),
     Cell("budget", "kl+features"),
     Cell("budget", "ce+kl"),
@@ -125,10 +124,12 @@ def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     training = blocks.load_blocks(["python-docstrings"], tokenizer, WINDOW)
     training, held_out = blocks.hold_out(training)
     teacher = krony.load_model("demo", torch.float32)
+    compared = cell.recipe == COMPARISON
     config = krony.HealConfig(
         tokens=tokens,
-        recipe=cell.recipe,
-        batch_tokens=cell.batch_tokens,
+        recipe="default" if compared else cell.recipe,
+        batch_tokens=4096 if compared else None,
+        learning_rate=1.5e-3 if compared else None,
         loss=cell.loss,
         seed=seed,
         eval_every=tokens // 6,
