@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/krony demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -35,6 +35,9 @@ Side = TypeVar("Side")  # a factor, or its shape
 EXACT_GRAM_SIDE = 2048
 # Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
 FEW_ROWS = 32
+# Multiply-adds that a CPU could do in the time in which one entry of W is written, put in its place
+# and read again: about three passes over 4 bytes at 10 GB/s, against 33 G multiply-adds a second.
+FORMING = 40
 
 
 def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
@@ -231,12 +234,12 @@ def multiply_adds(large: Shape, small: Shape, terms: int, mix_first: bool) -> in
 def dense_from(large: Shape, small: Shape, terms: int, mix_first: bool) -> float:
     """The number of tokens from which forming W, once, costs less than the factors; perhaps ∞.
 
-    Multiply-adds decide: R·m·n for W, then m·n a token, against `multiply_adds` a token. The bytes
-    decide nothing: where W can pay at all, so many tokens share it that arithmetic bounds both.
+    W costs R·m·n multiply-adds, the time of `FORMING`·m·n more for its bytes, then m·n a token; the
+    factors cost `multiply_adds` a token.
     """
     entries = large[0] * large[1] * small[0] * small[1]
     saved = multiply_adds(large, small, terms, mix_first) - entries
-    return terms * entries / saved if saved > 0 else math.inf
+    return (terms + FORMING) * entries / saved if saved > 0 else math.inf
 
 
 def mixes_first(large: Shape, small: Shape) -> bool:
