@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from krony.families import find_targets
 from krony.kron import Shape
 from krony.modeling import Factored, config_of
-from krony.packing import Quantised, tensor_bytes
+from krony.packing import Quantised, stored_bytes
 from krony.plan import Plan
 
 
@@ -20,7 +20,7 @@ def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters as they are stored, tied ones counted once."""
     config = config_of(model)
     to = config.quantised["to"] if config is not None and config.quantised is not None else None
-    return sum(tensor_bytes(p, to) for p in model.parameters())
+    return sum(stored_bytes(p, to) for p in model.parameters())
 
 
 def model_info(model: PreTrainedModel) -> dict[str, Any]:

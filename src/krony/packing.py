@@ -139,7 +139,7 @@ def tensors(weight: Any, to: str) -> dict[str, Tensor]:
     return {"qdata": _pack(weight.qdata), "scale": weight.scale, "zero": zero}
 
 
-def tensor_bytes(weight: Tensor, to: str | None) -> int:
+def stored_bytes(weight: Tensor, to: str | None) -> int:
     """Bytes of a weight in the file, quantised to that form or not."""
     if to is None or not is_quantised(weight):
         return weight.numel() * weight.element_size()
