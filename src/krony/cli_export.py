@@ -9,17 +9,12 @@ import typer
 from krony import checkpoints, export, info, tables
 from krony.cli_options import Destination, DtypeOption, Source, out
 from krony.errors import KronyError
-from krony.modeling import config_of
-from krony.packing import Quantised
+from krony.modeling import config_of, quantised_of
+from krony.packing import FORMS
 from krony.quantize import quantize
 
-
-class Quantity(StrEnum):
-    """What `krony quantize` can make."""
-
-    int8 = "int8"
-    int8_dynamic = "int8-dynamic"
-    int4 = "int4"
+Quantity = StrEnum("Quantity", {form: form for form in FORMS})  # type: ignore[misc]
+DEFAULT_QUANTITY = Quantity(FORMS[0])
 
 
 class Form(StrEnum):
@@ -39,7 +34,7 @@ def quantize_command(
             help="int8: weights, a scale a row; int8-dynamic: inputs too, while the model runs; "
             "int4: weights, a scale for about 32 numbers."
         ),
-    ] = Quantity.int8,
+    ] = DEFAULT_QUANTITY,
     dtype: DtypeOption = None,
 ) -> None:
     """Quantise the large factors of a factored model, or the MLPs of a dense one, with torchao."""
@@ -50,10 +45,8 @@ def quantize_command(
     before = info.model_bytes(model)
     quantize(model, to.value)
     checkpoints.save_model(model, destination, tokenizer)
-    config = config_of(model)
-    assert config is not None
-    assert config.quantised is not None
-    quantised = Quantised.from_dict(config.quantised)
+    quantised = quantised_of(model)
+    assert quantised is not None
     for name, reason in quantised.kept.items():
         out.print(f"{name} stays as it is: {reason}", markup=False)
     size = tables.megabytes(checkpoints.directory_bytes(destination))

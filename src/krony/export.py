@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from krony.checkpoints import new_directory, save_model
 from krony.errors import KronyError
 from krony.evaluate import context_length
-from krony.modeling import config_of
+from krony.modeling import config_of, quantised_of
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 TRACED, CHECKED = (2, 12), ((2, 12), (1, 1), (3, 29))  # batch and length
@@ -60,10 +60,9 @@ def onnx(
             raise KronyError(
                 f"an ONNX graph needs {name}; install it with pip install 'krony[onnx]'"
             ) from error
-    config = config_of(model)
-    if config is not None and config.quantised is not None:
+    if (quantised := quantised_of(model)) is not None:
         raise KronyError(
-            f"the model is quantised to {config.quantised['to']}, for which ONNX has other forms; "
+            f"the model is quantised to {quantised.to}, for which ONNX has other forms; "
             "export the one that it was made from and quantise the graph with onnxruntime"
         )
     if model.dtype != torch.float32:

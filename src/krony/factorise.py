@@ -17,7 +17,15 @@ from krony.embedding import RowMetric
 from krony.errors import KronyError
 from krony.families import Target, dense_weight, find_targets
 from krony.layers import KroneckerLinear
-from krony.modeling import Factored, KroneckerConfig, attach, build_layer, config_of, install
+from krony.modeling import (
+    Factored,
+    KroneckerConfig,
+    attach,
+    build_layer,
+    config_of,
+    install,
+    quantised_of,
+)
 from krony.plan import MatrixPlan, Plan
 from krony.schemes import Factors
 from krony.sequential import DataOptions, Fitted, fit_plan
@@ -144,9 +152,9 @@ def compress(
     if init not in (*INITS, DATA):
         raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
     before = config_of(model)
-    if before is not None and before.quantised is not None:
+    if (quantised := quantised_of(model)) is not None:
         raise KronyError(
-            f"the model is quantised to {before.quantised['to']}; compress it first, then quantise"
+            f"the model is quantised to {quantised.to}; compress it first, then quantise"
         )
     everything = dict(model.named_modules())
     modules = {

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from krony.families import find_targets
 from krony.kron import Shape
-from krony.modeling import Factored, config_of
+from krony.modeling import Factored, config_of, quantised_of
 from krony.packing import Quantised, stored_bytes
 from krony.plan import Plan
 
@@ -18,8 +18,8 @@ def parameters(model: PreTrainedModel) -> int:
 
 def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters as they are stored, tied ones counted once."""
-    config = config_of(model)
-    to = config.quantised["to"] if config is not None and config.quantised is not None else None
+    quantised = quantised_of(model)
+    to = None if quantised is None else quantised.to
     return sum(stored_bytes(p, to) for p in model.parameters())
 
 
@@ -32,9 +32,7 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
     """
     config = config_of(model)
     plan = Plan(()) if config is None else Plan.from_dict(config.plan)
-    quantised = None
-    if config is not None and config.quantised is not None:
-        quantised = Quantised.from_dict(config.quantised)
+    quantised = quantised_of(model)
     rows = [] if config is None else _factored(model, plan, config.provenance)
     saved = sum(r["dense_parameters"] - r["parameters"] for r in rows)
     total = parameters(model)

@@ -213,6 +213,13 @@ def config_of(model: nn.Module) -> KroneckerConfig | None:
     return quantizer.quantization_config if isinstance(quantizer, KroneckerQuantizer) else None
 
 
+def quantised_of(model: nn.Module) -> Quantised | None:
+    """What was quantised in a model, and to what; None where nothing is."""
+    config = config_of(model)
+    found = None if config is None else config.quantised
+    return None if found is None else Quantised.from_dict(found)
+
+
 def install(model: PreTrainedModel, matrix: MatrixPlan, layer: Factored) -> None:
     """Put a factored layer in the place of a dense one; a tied output matrix follows it.
 

@@ -11,7 +11,7 @@ from krony import packing
 from krony.errors import KronyError
 from krony.families import dense_weight, find_targets
 from krony.layers import KroneckerGroup, KroneckerLinear
-from krony.modeling import KroneckerConfig, attach, config_of
+from krony.modeling import KroneckerConfig, attach, config_of, quantised_of
 from krony.packing import Packed, Quantised
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -35,10 +35,9 @@ def quantize(model: Model, to: str = "int8") -> Model:
     """
     packing.check_form(to)
     packing.torchao()
-    config = config_of(model)
-    if config is not None and config.quantised is not None:
+    if (before := quantised_of(model)) is not None:
         raise KronyError(
-            f"the model is quantised to {config.quantised['to']} already; start from the one that "
+            f"the model is quantised to {before.to} already; start from the one that "
             "it was made from"
         )
     found, kept = _chosen(model), {}
@@ -66,8 +65,9 @@ def quantize(model: Model, to: str = "int8") -> Model:
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     quantised = Quantised(to, tuple(packed), kept).to_dict()
-    before = ({"matrices": []}, {}) if config is None else (config.plan, config.provenance)
-    attach(model, KroneckerConfig(*before, quantised=quantised))
+    config = config_of(model)
+    known = ({"matrices": []}, {}) if config is None else (config.plan, config.provenance)
+    attach(model, KroneckerConfig(*known, quantised=quantised))
     return model
 
 
