@@ -183,4 +183,6 @@ def test_a_cpu_falls_back_and_imports_no_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "_INSTALLED", True)
     monkeypatch.setattr(kernels, "_INTERPRETED", False)
     assert not kernels.available(*make())
+    layer = KroneckerGroup((8, 8), (2, 2))
+    kernels.run(layer, torch.zeros(1, 16))
     assert INTERPRETED or DEVICE == "cuda" or "krony.triton_kernels" not in sys.modules

@@ -7,11 +7,12 @@ Triton is imported at the first call, never with krony.
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from krony import kron
+from krony import cpu_kernels, kron
 from krony.kron import Layout, Shape
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
@@ -23,6 +24,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def run(group: Any, x: Tensor) -> Tensor | None:
+    """The product of a `KroneckerGroup` with a few tokens in one call, or None where none is made
+    for it: decode.c on a CPU, Triton on a GPU."""
+    if x.device.type == "cpu" and not _INTERPRETED:
+        return cpu_kernels.run(group, x)
+    small, weight = group.scaled_small, group.large.weight
+    if not available(x, small, weight):
+        return None
+    return decode(x, small, weight, group.large_shape, group.layout, group.mix_first)
 
 
 def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:

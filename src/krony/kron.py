@@ -268,8 +268,9 @@ def apply(
     large_shape: Shape,
     layout: Layout = "small-outer",
     mix_first: bool = True,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
+    """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
 
     Two matrix products: a large one, and a small one that mixes n2 (or m2·R) slices of the
     activations, before it or after it.
@@ -279,6 +280,7 @@ def apply(
         small: B, (R, m2, n2).
         large: `large_to_linear(A, mix_first)`, or any linear map of that weight: (T, R·n1) to
             (T, m1) when mixed first, else (T, n1) to (T, R·m1).
+        bias: (m,), added where that costs least.
     Returns:
         (..., m).
     """
@@ -286,8 +288,10 @@ def apply(
     lead = x.shape[:-1]
     if layout == "small-outer":
         x = x.reshape(-1, n2, n1)
+        offset = None if bias is None else bias.view(m2, m1)
     else:
         x = x.reshape(-1, n1, n2).transpose(-1, -2)
+        offset = None if bias is None else bias.view(m1, m2).T
     if mix_first:
         mixing = small[0] if terms == 1 else small.transpose(0, 1).reshape(m2 * terms, n2)
         if isinstance(large, Tensor):
@@ -295,25 +299,36 @@ def apply(
         else:
             y = large(mix(mixing, x).reshape(-1, terms * n1))
         y = y.reshape(-1, m2, m1)
+        if offset is not None:
+            y = add(y, offset)
     else:
         mixing = small[0] if terms == 1 else small.permute(1, 2, 0).reshape(m2, n2 * terms)
         rows = x.reshape(-1, n1)
         rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
-        y = mix(mixing, rows.reshape(-1, n2 * terms, m1))
+        y = mix(mixing, rows.reshape(-1, n2 * terms, m1), offset)
     if layout == "large-outer":
         y = y.transpose(-1, -2)
     return y.reshape(*lead, m1 * m2)
 
 
-def mix(mixing: Tensor, x: Tensor) -> Tensor:
-    """mixing (p, q) times x (T, q, k), by the call that costs least around so small a product."""
+def add(y: Tensor, bias: Tensor) -> Tensor:
+    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y + bias
+    return y.add_(bias)
+
+
+def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """mixing (p, q) times x (T, q, k), plus a bias (p, k), by the cheapest call for that."""
     tokens, q, k = x.shape
     if k == 1:  # the low-rank corner: an ordinary linear map
-        return F.linear(x.squeeze(-1), mixing).unsqueeze(-1)
+        offset = None if bias is None else bias.squeeze(-1)
+        return F.linear(x.squeeze(-1), mixing, offset).unsqueeze(-1)
     if q == 1:
-        return mixing * x
+        return mixing * x if bias is None else torch.addcmul(bias, mixing, x)
     # torch.matmul, which would do for all, spends several times as long on finding the call.
-    return torch.bmm(mixing.expand(tokens, -1, -1), x)
+    many = mixing.expand(tokens, -1, -1)
+    return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class KroneckerGroup(nn.Module):
     """
 
     order: Tensor | None
-    # One launch for a few tokens on a GPU (kernels.py). Set where krony is imported: this module is
-    # also copied into self-contained models, which do without.
+    # One call for a few tokens (kernels.py). Set where krony is imported: this module is also
+    # copied into self-contained models, which do without.
     fused: Any = None
 
     def __init__(
@@ -139,20 +139,21 @@ class KroneckerGroup(nn.Module):
             return False
         return tokens > self.dense_from and self.is_plain
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.dense_from < math.inf and self.forms_dense(x.numel() // x.shape[-1]):
-            return F.linear(x, self.to_dense())
-        return self.factored(x)
+            return F.linear(x, self.to_dense(), bias)
+        return self.factored(x, bias)
 
-    def factored(self, x: Tensor) -> Tensor:
-        """x Wᵀ by the factors, whatever the number of tokens."""
-        small, shapes = self.scaled_small, (self.large_shape, self.layout, self.mix_first)
-        if not self.is_plain:
-            return kron.apply(x, small, self.large, *shapes)
-        weight = self.large.weight
-        if self.fused is not None and self.fused.available(x, small, weight):
-            return self.fused.decode(x, small, weight, *shapes)
-        return kron.apply(x, small, weight, *shapes)
+    def factored(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias (m,) by the factors, whatever the number of tokens."""
+        plain = self.is_plain
+        if plain and self.fused is not None:
+            made: Tensor | None = self.fused.run(self, x)
+            if made is not None:
+                return made if bias is None else kron.add(made, bias)
+        large = self.large.weight if plain else self.large
+        shapes = (self.large_shape, self.layout, self.mix_first)
+        return kron.apply(x, self.scaled_small, large, *shapes, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W, (..., n), W not formed."""
@@ -212,10 +213,10 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.groups
-        y: Tensor = first(x)
+        y: Tensor = first(x, self.bias)
         for group in others:
-            y = y + group(x)
-        return y if self.bias is None else y + self.bias
+            y = kron.add(y, group(x))
+        return y
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,137 @@
+"""decode.c, compiled for this processor when it is first needed, and called through ctypes.
+
+As Triton compiles for a GPU, the system's C compiler does here: in about a second, once; the library
+is kept in the user's cache. Without a compiler, or where it fails, `library` is None and everything
+takes the torch form.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+SECONDS = 60  # that compiling may take
+# Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
+# those of bfloat16 sooner: they have instructions of their own.
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
+# Of small factors, which are applied in plain loops.
+MOST_ENTRIES = 2**16
+# What the C compiler calls them.
+NAMES = {torch.float32: "decode_float", torch.bfloat16: "decode_bfloat16"}
+
+
+def cache() -> Path:
+    """The user's cache folder for compiled kernels."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "krony"
+
+
+def processor() -> str:
+    """What `-march=native` depends on: the library of one machine may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+@lru_cache(maxsize=1)
+def library() -> dict[torch.dtype, Callable[..., int]] | None:
+    """The compiled functions by dtype, or None where they can't be had."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no right to write, …
+        return None
+    found = {}
+    for dtype, name in NAMES.items():
+        function = getattr(loaded, name)
+        pointers, sizes, flags = 5, 6, 3
+        function.argtypes = (
+            [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes + [ctypes.c_int] * flags
+        )
+        function.restype = ctypes.c_int
+        found[dtype] = function
+    return found
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, compiled if it is not there. Raises `OSError`, `SubprocessError`."""
+    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, processor()]
+    path = cache() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
+        os.replace(made, path)
+    return path
+
+
+def run(group: Any, x: Tensor) -> Tensor | None:
+    """The product of a `KroneckerGroup` with a few tokens (..., n), or None where this is no help.
+
+    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd, autocast
+    and tracing, and as long as reading the large factor is what takes the time.
+    """
+    small, weight = group.small, group.large.weight
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
+        return None
+    tokens = x.numel() // x.shape[-1]
+    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+    slices = m2 if group.mix_first else n2
+    low_rank = group.mix_first and n1 == m2 == 1
+    if (
+        not 0 < tokens * slices <= MOST_ROWS[x.dtype]
+        or (group.terms * m2 * n2 > MOST_ENTRIES and not low_rank)
+        or not x.dtype == small.dtype == weight.dtype
+        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        or torch.is_autocast_enabled("cpu")
+        or len(_get_current_dispatch_mode_stack()) > 0
+    ):
+        return None
+    functions = library()
+    if functions is None:
+        return None
+    if group.scalars is not None:
+        small = group.scaled_small
+    x, small, weight = x.contiguous(), small.contiguous(), weight.contiguous()
+    order = group.order
+    y = x.new_empty(*x.shape[:-1], m1 * m2)
+    failed = functions[x.dtype](
+        x.data_ptr(),
+        small.data_ptr(),
+        None if order is None else order.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        group.terms,
+        m1,
+        n1,
+        m2,
+        n2,
+        group.layout == "small-outer",
+        group.mix_first,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
+    return y

@@ -1,0 +1,155 @@
+"""decode.c against the dense oracle, where there is a C compiler, and doing without it."""
+
+import subprocess
+
+import pytest
+import torch
+
+from helpers import dense_sum
+from krony import KroneckerGroup, KroneckerLinear, cpu_kernels, kron
+
+compiled = pytest.mark.skipif(cpu_kernels.library() is None, reason="needs a C compiler")
+
+# (large, small, terms, tokens): sides that fill no register and no block of rows, several chunks of
+# m1, both orders of contraction, slices in fours, twos and ones, vectors, low rank.
+CASES = [
+    ((5, 7), (2, 2), 1, 1),
+    ((18, 20), (2, 2), 2, 1),
+    ((6, 300), (1, 2), 1, 2),
+    ((150, 70), (3, 2), 2, 3),
+    ((20, 9), (4, 1), 1, 16),
+    ((9, 20), (1, 4), 1, 5),
+    ((17, 37), (7, 3), 1, 2),
+    ((33, 24), (3, 7), 2, 2),
+    ((8, 1), (2, 5), 3, 2),
+    ((1, 24), (24, 1), 3, 2),
+    ((100, 1), (1, 90), 33, 1),
+    ((100, 1), (1, 90), 13, 7),
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the compiled functions were called, whatever the number of rows."""
+    made = []
+    functions = cpu_kernels.library() or {}
+
+    def counting(function):
+        return lambda *arguments: made.append(1) or function(*arguments)
+
+    counted = {dtype: counting(function) for dtype, function in functions.items()}
+    monkeypatch.setattr(cpu_kernels, "library", lambda: counted)
+    monkeypatch.setattr(cpu_kernels, "MOST_ROWS", dict.fromkeys(cpu_kernels.NAMES, 10_000))
+    return made
+
+
+def group(large, small, terms, dtype=torch.float32, **options):
+    made = KroneckerGroup(large, small, terms, **options)
+    scalars = torch.randn(terms) if options.get("scalars") else None
+    made.set_factors(torch.randn(terms, *large), torch.randn(terms, *small), scalars)
+    return made.to(dtype)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
+@pytest.mark.parametrize("layout", kron.LAYOUTS)
+@pytest.mark.parametrize("form", ["plain", "scalars", "interpolative"])
+@pytest.mark.parametrize(("large", "small", "terms", "tokens"), CASES)
+def test_it_is_the_dense_product(large, small, terms, tokens, form, layout, dtype, calls):
+    options = {} if form == "plain" else {form: True}
+    if form == "interpolative" and terms >= small[0] * small[1]:
+        pytest.skip("no number would be left to store")
+    made = group(large, small, terms, dtype, layout=layout, **options)
+    x = torch.randn(tokens, large[1] * small[1]).to(dtype)
+    factors = made.large_factors.double(), made.scaled_small.double()
+    dense = dense_sum(*kron.in_order(*factors, layout))
+    bias = torch.randn(len(dense)).to(dtype)
+    y = made(x[None], bias)[0]
+    assert calls
+    assert y.dtype == dtype
+    expected = x.double() @ dense.T + bias.double()
+    # Summed in float32, rounded to the dtype once, and once more with the bias.
+    error = (y.double() - expected).norm() / expected.norm()
+    assert error < (3e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit():
+    made, x = group((150, 70), (3, 2), 2), torch.randn(2, 140)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(cpu_kernels.run(made, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@compiled
+def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
+    lengths, functions = [], dict(cpu_kernels.library())
+    plain = functions[torch.float32]
+    functions[torch.float32] = lambda *a: lengths.append(a[5]) or plain(*a)
+    monkeypatch.setattr(cpu_kernels, "library", lambda: functions)
+    layer = KroneckerLinear(40, 36, [KroneckerGroup((18, 20), (2, 2)), group((36, 1), (1, 40), 3)])
+    for tokens in (0, 1, 8, 9, 17):
+        x = torch.randn(tokens, 40)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+    # Two slices a token in the first group, one in the second; 16 rows at most.
+    assert lengths == [1, 1, 8, 8, 9]
+
+
+@compiled
+def test_what_it_leaves_to_torch():
+    made, x = group((18, 20), (2, 2), 2), torch.randn(1, 40)
+    assert cpu_kernels.run(made, x) is not None
+    with torch.enable_grad():
+        assert cpu_kernels.run(made, x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu_kernels.run(made, x) is None
+    assert cpu_kernels.run(made, x.double()) is None
+    assert cpu_kernels.run(made, x.bfloat16()) is None
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        made(x)
+    assert counter.get_total_flops() > 0
+    many = group((4, 4), (300, 300), 1)
+    assert cpu_kernels.run(many, torch.randn(1, 1200)) is None
+    step = torch.compile(made, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu_kernels.library.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_kernels.shutil, "which", lambda _: None)
+        assert library() is None
+
+    def fail(*arguments, **options):
+        raise subprocess.CalledProcessError(1, "cc")
+
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda _: "cc")
+    monkeypatch.setattr(cpu_kernels.subprocess, "run", fail)
+    assert library() is None
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
+    assert cpu_kernels.run(made, x) is None
+    torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu_kernels.library.__wrapped__
+    assert library() is not None
+    monkeypatch.setattr(cpu_kernels.subprocess, "run", None)
+    assert library() is not None
+    assert [path.suffix for path in (tmp_path / "krony").iterdir()] == [".so"]
