@@ -1,8 +1,8 @@
 """decode.c, compiled for this processor when it is first needed, and called through ctypes.
 
-As Triton compiles for a GPU, the system's C compiler does here: in about a second, once; the library
-is kept in the user's cache. Without a compiler, or where it fails, `library` is None and everything
-takes the torch form.
+As Triton compiles for a GPU, the system's C compiler does here: in about a second, once; the
+library is kept in the user's cache. Without a compiler, or where it fails, `library` is None and
+everything takes the torch form.
 """
 
 import ctypes
@@ -89,8 +89,8 @@ def _compiled(compiler: str) -> Path:
 def run(group: Any, x: Tensor) -> Tensor | None:
     """The product of a `KroneckerGroup` with a few tokens (..., n), or None where this is no help.
 
-    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd, autocast
-    and tracing, and as long as reading the large factor is what takes the time.
+    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd,
+    autocast and tracing, and as long as reading the large factor is what takes the time.
     """
     small, weight = group.small, group.large.weight
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
