@@ -26,21 +26,24 @@ from krony.layers import KroneckerLinear
 from krony.objective import Objective, returning_loss
 from krony.speed import fastest_dtype, flops_per_token, peak_bytes
 
-KINDS = ("dense", "factored", "torch.kron")
+# Whether A is first, as in the paper.
+KRON_KINDS = {"torch.kron": True, "torch.kron, B first": False}
+KINDS = ("dense", "factored", *KRON_KINDS)
 
 
 class FormedByKron(nn.Module):
-    """The same factors the way the paper's code runs them: torch.kron in every forward."""
+    """The same factors by torch.kron in every forward: A ⊗ B as in the paper's code, or B ⊗ A."""
 
-    def __init__(self, layer: KroneckerLinear) -> None:
+    def __init__(self, layer: KroneckerLinear, large_first: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.large_first = layer, large_first
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None
         for group in self.layer.groups:
             for large, small in zip(group.large_factors, group.scaled_small, strict=True):
-                term = torch.kron(small, large)
+                pair = (large, small) if self.large_first else (small, large)
+                term = torch.kron(*pair)
                 weight = term if weight is None else weight + term
         return nn.functional.linear(x, weight, self.layer.bias)
 
@@ -52,10 +55,10 @@ def build(kind: str, scheme: str, layers: int) -> transformers.PreTrainedModel:
     model = transformers.GPT2LMHeadModel(config)
     if kind != "dense":
         krony.compress(model, krony.make_plan(model, scheme=scheme), init="random")
-    if kind == "torch.kron":
+    if kind in KRON_KINDS:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, KroneckerLinear):
-                model.set_submodule(name, FormedByKron(layer))
+                model.set_submodule(name, FormedByKron(layer, KRON_KINDS[kind]))
     return model.train()
 
 

@@ -29,17 +29,28 @@ LOGIT_BYTES = 2**28  # of one batch; the backward pass holds about six times tha
 MOST_WINDOWS = 8
 
 
-def gram(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """xᵀ x of (T, n) in float64 on a device: products in x's own dtype, the lower half mirrored."""
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add xᵀ x of (T, n), products in x's own dtype, to the upper triangle of (n, n) in float64.
+
+    What is below the triangle means nothing: `symmetric` reads the sum. Half of the products, and
+    no copy of the whole in float64 on the way.
+    """
     n = x.shape[1]
-    if n <= GRAM_SIDE:
-        return (x.T @ x).double().to(device)
-    made = torch.empty(n, n, dtype=torch.float64, device=device)
     for start in range(0, n, GRAM_SIDE):
         part = slice(start, start + GRAM_SIDE)
-        made[part, start:] = (x[:, part].T @ x[:, start:]).double().to(device)
-        made[start:, part] = made[part, start:].T
-    return made
+        total[part, start:] += (x[:, part].T @ x[:, start:]).to(total.device)
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return upper.triu() + upper.triu(1).T
+
+
+def gram(x: Tensor) -> Tensor:
+    """xᵀ x of (T, n) in float64: products in x's own dtype."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    add_gram(total, x)
+    return symmetric(total)
 
 
 def windows_at_once(model: PreTrainedModel, window: int) -> int:
@@ -50,7 +61,11 @@ def windows_at_once(model: PreTrainedModel, window: int) -> int:
 
 @dataclass
 class Inputs:
-    """Moments of the inputs x (n) of a matrix, summed over tokens in float64."""
+    """Moments of the inputs x (n) of a matrix, summed over tokens in float64.
+
+    Attributes:
+        total: Σ x. square: Σ x xᵀ, its upper triangle (`add_gram`).
+    """
 
     total: Tensor
     square: Tensor
@@ -65,7 +80,7 @@ class Inputs:
         """Add a block of tokens (..., n): products in its own dtype, the sum in float64."""
         x = x.detach().reshape(-1, x.shape[-1])
         self.total += x.sum(0, dtype=torch.float64).to(self.device)
-        self.square += gram(x, self.device)
+        add_gram(self.square, x)
         self.tokens += len(x)
 
     @property
@@ -81,7 +96,7 @@ class Inputs:
     @property
     def second(self) -> Tensor:
         """E[x xᵀ], (n, n)."""
-        return self.square / self.tokens
+        return symmetric(self.square) / self.tokens
 
     @property
     def covariance(self) -> Tensor:
@@ -100,7 +115,9 @@ class Moments:
     @property
     def gradient(self) -> Tensor | None:
         """E[g gᵀ], (m, m), or None if no gradients were collected."""
-        return None if self.gradient_square is None else self.gradient_square / self.tokens
+        if self.gradient_square is None:
+            return None
+        return symmetric(self.gradient_square) / self.tokens
 
 
 def calibration_windows(
@@ -270,7 +287,7 @@ def _home(model: PreTrainedModel, modules: list[nn.Module]) -> torch.device:
 def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     flat = gradient.reshape(-1, gradient.shape[-1])
     assert entry.gradient_square is not None
-    entry.gradient_square += gram(flat, entry.gradient_square.device)
+    add_gram(entry.gradient_square, flat)
     entry.tokens += len(flat)
 
 
@@ -316,7 +333,8 @@ class BlockStream:
             self.extra.append((arguments[1:], kept))
 
         with _hooks(self.blocks if first else self.blocks[:1], hook), suppress(_Stop):
-            model(input_ids=ids, use_cache=False)
+            # Without the output matrix: logits of a whole batch may not fit.
+            model.base_model(input_ids=ids, use_cache=False)
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The output of `block`, which stands at `index`, for a batch of hidden states."""
