@@ -52,6 +52,11 @@ CELLS = [
     Cell("balanced sum", "kl"),
     Cell("budget", "kl"),
     Cell("budget", "kl", "default"),
+    Cell("budget", "kl+features", "default"),
+    Cell("balanced sum", "kl+features", "default"),
+    Cell("low rank", "kl+features", "default"),
+    Cell("whitened SVD", "kl+features", "default"),
+    Cell("van-loan-scaled", "kl+features", "default"),
     Cell("budget", "ce"),
     Cell("whitened SVD", "ce"),
     Cell("low rank", "ce"),
@@ -70,7 +75,7 @@ CELLS = [
     Cell("budget", "ce", "krony-pt"),
     Cell("budget", "kl+features"),
     Cell("budget", "ce+kl"),
-    Cell("budget", "kl", "lora"),
+    Cell("budget", "kl+features", "lora"),
 ]
 
 

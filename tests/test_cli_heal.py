@@ -35,7 +35,7 @@ def test_the_result_loads_and_says_how_it_was_made(heal, inputs, tmp_path):
     code, out, err = heal("--teacher", inputs / "dense", "--lr", 0.01, "--reconstruct", 5)
     assert code == 0, err
     figures = json.loads((tmp_path / "healed" / "heal.json").read_text())
-    assert figures["settings"]["loss"] == "kl"
+    assert figures["settings"]["loss"] == "kl+features"
     assert figures["curve"][-1]["tokens"] == 512
     assert figures["best_held_out"] == min(p["held_out"] for p in figures["curve"])
     assert len(figures["reconstruction"]) == 2
@@ -46,7 +46,7 @@ def test_the_result_loads_and_says_how_it_was_made(heal, inputs, tmp_path):
     assert picture.startswith(b"\x89PNG")
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert not torch.equal(logits(model), logits(krony.load_model(inputs / "small")))
-    assert model.config.quantization_config.provenance["healed"]["loss"] == "kl"
+    assert model.config.quantization_config.provenance["healed"]["loss"] == "kl+features"
     assert krony.load_tokenizer(tmp_path / "healed").vocab_size == 4096
     assert not (tmp_path / "healed.run").exists()
 

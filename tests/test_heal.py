@@ -10,8 +10,11 @@ import torch
 
 import krony
 from helpers import logits, tiny
+from krony import losses
 from krony.blocks import from_ids
+from krony.calibrate import captured
 from krony.errors import KronyError
+from krony.families import blocks
 from krony.heal import HealConfig, heal
 from krony.losses import PARTS
 from krony.objective import Objective, returning_loss
@@ -65,9 +68,9 @@ def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
         return compile_with(model, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    for one, settings, losses in ((wanted, {}, plain), (model, {"compile": True}, compiled)):
+    for one, settings, points in ((wanted, {}, plain), (model, {"compile": True}, compiled)):
         record = train(one, replace(CONFIG, **settings), tmp_path / str(settings), teacher)
-        losses += [point["held_out"] for point in record.curve]
+        points += [point["held_out"] for point in record.curve]
     assert calls == ["inductor"]
     assert len(plain) > 1
     assert compiled == pytest.approx(plain, rel=1e-4)
@@ -82,8 +85,8 @@ def test_it_learns_and_saves_what_it_learned(loss, tmp_path):
     if loss == "ce":
         teacher = None
     record = train(model, config, tmp_path / "run", teacher)
-    losses = [point["training"] for point in record.curve if "training" in point]
-    assert losses[-1] < losses[0]
+    trained = [point["training"] for point in record.curve if "training" in point]
+    assert trained[-1] < trained[0]
     assert record.best == min(point["held_out"] for point in record.curve)
     assert record.curve[-1]["tokens"] == config.tokens
     assert record.settings["loss"] == loss
@@ -110,6 +113,30 @@ def test_the_loss_is_that_of_the_model(family):
     p, q = (m(input_ids=ids).logits[:, :-1].log_softmax(-1) for m in (teacher, model.eval()))
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     torch.testing.assert_close(found, wanted + divergence, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_features_are_the_hidden_states_after_every_block(family):
+    model, teacher = small(family)
+    ids = torch.arange(24).reshape(2, 12) % 90
+    objective = Objective(model.train(), ("features",), teacher)
+    with returning_loss(model, objective):
+        found = model(input_ids=ids)["loss"]
+    states = []
+    for m in (model.eval(), teacher):
+        layers = [block for _, _, block in blocks(m)]
+        with captured(dict(enumerate(layers)), outputs=True) as seen:
+            hidden = m(input_ids=ids, output_hidden_states=True).hidden_states
+        # All but the last, which comes after the last norm, are in what transformers returns.
+        for i in range(len(layers) - 1):
+            torch.testing.assert_close(seen[i], hidden[i + 1])
+        states.append([seen[i] for i in range(len(layers))])
+    errors = [
+        (f - w).square().sum() / (w - w.mean((0, 1))).square().sum()
+        for f, w in zip(*states, strict=True)
+    ]
+    wanted = losses.FEATURE_WEIGHT * torch.stack(errors).mean()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_models_that_scale_their_logits_go_the_long_way():
@@ -331,6 +358,15 @@ def test_bad_settings_are_named_and_nothing_is_left(changes, message, tmp_path):
     config = HealConfig(**{**CONFIG.__dict__, **changes})
     with pytest.raises(KronyError, match=message):
         train(small()[0], config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_need_the_same_blocks(tmp_path):
+    model, teacher = small()
+    config = replace(CONFIG, loss="kl+features")
+    deeper = tiny("gpt2", n_layer=len(blocks(teacher)) + 1)
+    with pytest.raises(KronyError, match=r"teacher has . blocks of width .* use the loss kl"):
+        train(model, config, tmp_path / "run", deeper)
     assert not (tmp_path / "run").exists()
 
 

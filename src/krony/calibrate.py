@@ -365,8 +365,9 @@ def captured(
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            found = output if outputs else arguments[0]
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
+            made = output[0] if isinstance(output, tuple) else output
+            found = made if outputs else arguments[0]
             seen[name] = found.detach() if detach else found
 
         return hook

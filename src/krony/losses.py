@@ -15,6 +15,7 @@ from krony.errors import KronyError
 
 CE, KL, FEATURES = "ce", "kl", "features"
 PARTS = (CE, KL, FEATURES)
+FEATURE_WEIGHT = 4.0  # beside the others; between 1 and 16 it was best (docs/log.md)
 LOGITS = 2**26  # most logits held at a time; a quarter of a gigabyte in float32
 
 Head = Callable[[Tensor], Tensor]
@@ -49,7 +50,7 @@ def feature_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tenso
     """Mean over layers of ‖f - w‖² / ‖w - mean(w)‖²: 1 for a layer that says nothing but its mean.
 
     Args:
-        features, wanted: one tensor (..., D) a layer, of the student and of the teacher.
+        features, wanted: hidden states (..., D) after every block, of student and teacher.
     """
     errors = []
     for f, w in zip(features, wanted, strict=True):

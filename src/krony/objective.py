@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from krony import losses
 from krony.calibrate import captured
 from krony.errors import KronyError
-from krony.families import find_targets
+from krony.families import blocks
 
 PROBE = 8  # tokens on which the short way to the logits is checked
 
@@ -60,12 +60,7 @@ class Objective:
             self.teacher.eval().requires_grad_(False)
             self.teacher_states = _states_and_head(self.teacher)
         if losses.FEATURES in parts and self.teacher is not None:
-            names = [t.name for t in find_targets(self.teacher, "mlp") if t.role == "down"]
-            try:
-                self.student_layers = {name: model.get_submodule(name) for name in names}
-            except AttributeError as error:
-                raise KronyError(f"the teacher is of another architecture: {error}") from error
-            self.teacher_layers = {name: self.teacher.get_submodule(name) for name in names}
+            self.student_layers, self.teacher_layers = _same_blocks(model, self.teacher)
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
         """{"loss": mean nats a prediction} on (blocks, window) token ids."""
@@ -93,8 +88,23 @@ class Objective:
             )
         if losses.FEATURES in parts:
             pairs = [(features[name], wanted[name]) for name in self.student_layers]
-            loss = loss + losses.feature_error(*zip(*pairs, strict=True))
+            error = losses.feature_error(*zip(*pairs, strict=True))
+            loss = loss + losses.FEATURE_WEIGHT * error
         return {"loss": loss}
+
+
+def _same_blocks(
+    model: PreTrainedModel, teacher: PreTrainedModel
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The blocks of both by name. Raises `KronyError` where they differ in number or width."""
+    student, taught = ({name: block for name, _, block in blocks(m)} for m in (model, teacher))
+    widths = [m.config.get_text_config().hidden_size for m in (model, teacher)]
+    if not student or student.keys() != taught.keys() or widths[0] != widths[1]:
+        raise KronyError(
+            f"features are compared block by block, but the teacher has {len(taught)} blocks of "
+            f"width {widths[1]} and the model {len(student)} of {widths[0]}; use the loss kl"
+        )
+    return student, taught
 
 
 def _flat(hidden: Tensor) -> Tensor:

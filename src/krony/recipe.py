@@ -43,7 +43,7 @@ class Recipe:
     """
 
     stages: tuple[Stage, ...]
-    taught: str = losses.KL
+    taught: str = f"{losses.KL}+{losses.FEATURES}"
     untaught: str = losses.CE
     factors: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -68,8 +68,7 @@ def default(width: int, tokens: int) -> Recipe:
     About a thousand steps of 1k to 122k tokens; the learning rate falls with the model's width.
     """
     batch = min(max(tokens // 1000, 1024), 122_880)
-    rate = 1e-3 if batch < 4096 else 1.5e-3
-    return Recipe(stages=(Stage(batch, rate * 256 / width, 0.0, 50),), decay=0.0)
+    return Recipe(stages=(Stage(batch, 1.5e-3 * 256 / width, 0.0, 50),), decay=0.0)
 
 
 def lora(width: int, tokens: int) -> Recipe:
