@@ -15,7 +15,7 @@ from krony.errors import KronyError
 
 CE, KL, FEATURES = "ce", "kl", "features"
 PARTS = (CE, KL, FEATURES)
-FEATURE_WEIGHT = 4.0  # beside the others; between 1 and 16 it was best (docs/log.md)
+FEATURE_WEIGHT = 8.0  # beside the others (docs/log.md)
 LOGITS = 2**26  # most logits held at a time; a quarter of a gigabyte in float32
 
 Head = Callable[[Tensor], Tensor]

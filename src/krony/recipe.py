@@ -65,10 +65,11 @@ def krony_pt(width: int, tokens: int) -> Recipe:
 def default(width: int, tokens: int) -> Recipe:
     """What did best at small budgets on the packaged model (docs/results.md).
 
-    About a thousand steps of 1k to 122k tokens; the learning rate falls with the model's width.
+    About two thousand steps of 512 to 122k tokens; the learning rate falls with the model's width.
     """
-    batch = min(max(tokens // 1000, 1024), 122_880)
-    return Recipe(stages=(Stage(batch, 1.5e-3 * 256 / width, 0.0, 50),), decay=0.0)
+    batch = min(max(tokens // 2000, 512), 122_880)
+    rate = 1e-3 if batch < 1024 else 1.5e-3
+    return Recipe(stages=(Stage(batch, rate * 256 / width, 0.0, 50),), decay=0.0)
 
 
 def lora(width: int, tokens: int) -> Recipe:
