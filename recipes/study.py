@@ -56,7 +56,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--tokens", default="2M", help="of healing")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="in a step of healing")
-    parser.add_argument("--loss", help="of healing; default: kl to the model that was compressed")
+    # Not features, which a model with layers dropped has no partners for: one loss for all.
+    parser.add_argument("--loss", default="kl", help="of healing, to the model that was compressed")
     parser.add_argument("--windows", type=int, default=128, help="to calibrate on")
     parser.add_argument(
         "--evaluated", type=int, help="most tokens of a text, a passage for each 100; default: all"

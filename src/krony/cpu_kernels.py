@@ -103,6 +103,7 @@ def run(group: Any, x: Tensor) -> Tensor | None:
         not 0 < tokens * slices <= MOST_ROWS[x.dtype]
         or (group.terms * m2 * n2 > MOST_ENTRIES and not low_rank)
         or not x.dtype == small.dtype == weight.dtype
+        or not (small.is_cpu and weight.is_cpu)  # offloaded, say
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         or torch.is_autocast_enabled("cpu")
         or len(_get_current_dispatch_mode_stack()) > 0
