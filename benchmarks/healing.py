@@ -187,6 +187,9 @@ def summary(folder: Path) -> None:
         )
     most = max(r["tokens"] for r in records)
     runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == most and r["seed"] == 0}
+    # Those far behind would leave no room for the others.
+    last = {name: curve[-1]["held_out"] for name, curve in runs.items()}
+    runs = {name: curve for name, curve in runs.items() if last[name] < min(last.values()) + 1}
     curves.draw(runs, folder.with_suffix(".png"), "Healing at a quarter of the MLP parameters")
 
 

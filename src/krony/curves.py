@@ -37,10 +37,11 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes: Any = figure.subplots()
-    for label, curve in runs.items():
+    for number, (label, curve) in enumerate(runs.items()):
+        style = "-" if number < 10 else "--"  # there are ten colours
         tokens = [point["tokens"] / 1e6 for point in curve]
         held_out = [point["held_out"] for point in curve]
-        (line,) = axes.plot(tokens, held_out, marker=".", label=label or "held-out")
+        (line,) = axes.plot(tokens, held_out, style, marker=".", label=label or "held-out")
         if len(runs) == 1:
             later = [
                 (t, p["training"]) for t, p in zip(tokens, curve, strict=True) if "training" in p
