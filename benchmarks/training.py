@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 import krony
+from forward import kron_weight
 from krony import evaluate
 from krony.checkpoints import write_json
 from krony.layers import KroneckerLinear
@@ -39,12 +40,7 @@ class FormedByKron(nn.Module):
         self.layer, self.large_first = layer, large_first
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None
-        for group in self.layer.groups:
-            for large, small in zip(group.large_factors, group.scaled_small, strict=True):
-                pair = (large, small) if self.large_first else (small, large)
-                term = torch.kron(*pair)
-                weight = term if weight is None else weight + term
+        weight = kron_weight(self.layer.groups[0], self.large_first)  # the paper's schemes have one
         return nn.functional.linear(x, weight, self.layer.bias)
 
 

@@ -339,8 +339,13 @@ class BlockStream:
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The output of `block`, which stands at `index`, for a batch of hidden states."""
         arguments, options = self.extra[index]
-        output = block(hidden, *arguments, **options)
-        return output[0] if isinstance(output, tuple) else output
+        return _hidden(block(hidden, *arguments, **options))
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states in what a module returns: blocks of some families return a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class _Stop(Exception):  # noqa: N818  not an error: it ends a forward pass early
@@ -366,8 +371,7 @@ def captured(
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-            made = output[0] if isinstance(output, tuple) else output
-            found = made if outputs else arguments[0]
+            found = _hidden(output) if outputs else arguments[0]
             seen[name] = found.detach() if detach else found
 
         return hook

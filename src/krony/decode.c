@@ -32,7 +32,7 @@ typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
 
-static inline float total(Vector v) { /* by quarters: few steps, and one order on every machine */
+static inline float total(Vector v) { /* by quarters: few steps, none of them through memory */
     union {
         Vector all;
         Four four[LANES / 4];
