@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def structures(target: Target) -> dict[str, tuple[krony.Factors, ...]]:
     }
 
 
+def spent(run: Callable[[torch.Tensor], object], windows: torch.Tensor) -> tuple[float, float]:
+    """Seconds that a run takes once, and those for every window, from as many and twice as many.
+
+    One run before, since the first one is slower. The windows must fill whole batches.
+    """
+    seconds = []
+    for repeats in (1, 1, 2):
+        some, started = windows.repeat(repeats, 1), time.perf_counter()
+        run(some)
+        seconds.append(time.perf_counter() - started)
+    more = seconds[2] - seconds[1]
+    return max(seconds[1] - more, 0.0), more / len(windows)
+
+
 def main() -> None:
     """Measure the parts, print them and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,7 +69,6 @@ def main() -> None:
     windows = torch.randint(50257, (arguments.measured, 1024))
     targets = find_targets(model, "mlp")
     first = targets[:2]
-    scale = WINDOWS / arguments.measured
     record: dict[str, Any] = {}
     if arguments.out.exists():  # a part that is not run again keeps its last figures
         record = json.loads(arguments.out.read_text(encoding="utf-8"))
@@ -64,13 +78,13 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     if "moments" in arguments.parts:
-        started = time.perf_counter()
-        calibrate.calibrate(model, windows, [t.name for t in targets])
-        seconds = time.perf_counter() - started
+        names = [t.name for t in targets]
+        once, a_window = spent(lambda w: calibrate.calibrate(model, w, names), windows)
         record["moments"] = {
-            "measured_windows": arguments.measured,
-            "measured_seconds": seconds,
-            "seconds": seconds * scale,
+            "measured_windows": 2 * arguments.measured,
+            "measured_seconds_a_window": a_window,
+            "measured_seconds_once": once,
+            "seconds": once + a_window * WINDOWS,
             "peak_bytes": peak_bytes(model),
         }
         print(record["moments"], flush=True)
@@ -101,17 +115,16 @@ def main() -> None:
         # The cheapest factors, so that nearly all of the time is the passes through the block.
         shapes = [(t, structures(t)["low rank"]) for t in first]
         plan = Plan(tuple(matrix_plan(t, groups) for t, groups in shapes))
-        seconds = []
-        for repeats in (1, 2):  # the difference is what one more pass over these windows takes
-            again, started = copy.deepcopy(model), time.perf_counter()
-            krony.compress(
-                again, plan, init=DATA, calibration=windows.repeat(repeats, 1), moments=moments
-            )
-            seconds.append(time.perf_counter() - started)
+
+        def follow(some: torch.Tensor) -> None:
+            again = copy.deepcopy(model)
+            krony.compress(again, plan, init=DATA, calibration=some, moments=moments)
+
+        _, a_window = spent(follow, windows)
         record["following"] = {
-            "measured_windows": arguments.measured,
-            "measured_seconds_a_block": seconds[1] - seconds[0],
-            "seconds": (seconds[1] - seconds[0]) * scale * BLOCKS,
+            "measured_windows": 2 * arguments.measured,
+            "measured_seconds_a_window_and_block": a_window,
+            "seconds": a_window * WINDOWS * BLOCKS,
             "peak_bytes": peak_bytes(model),
         }
         print(record["following"], flush=True)

@@ -53,6 +53,14 @@ def tiny(family: str, **changes: object) -> hf.PreTrainedModel:
     return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
+def scaled_logits() -> hf.PreTrainedModel:
+    """A tiny model that scales its logits, so that they are more than hidden states and head."""
+    torch.manual_seed(0)
+    return hf.CohereForCausalLM(
+        hf.CohereConfig(**SMALL, **LLAMA, **TOKENS, logit_scale=0.25)
+    ).eval()
+
+
 def healing_inputs(folder: Path) -> Path:
     """A tiny factored GPT-2 ("small") with the packaged tokenizer, the "dense" one, "text.txt"."""
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import FAMILIES, logits, tiny
+from helpers import FAMILIES, logits, scaled_logits, tiny
 from krony import Factors, KroneckerLinear, KronyError, MatrixPlan, Plan, compress, make_plan
 from krony import budget as budgets
 from krony import calibrate as calibration
@@ -93,11 +93,37 @@ def test_the_product_in_blocks_is_the_product():
         assert torch.equal(found, found.T)
 
 
-def test_wide_logits_go_through_one_window_at_a_time(gpt2):
-    assert calibration.windows_at_once(gpt2, 16) == calibration.MOST_WINDOWS
-    gpt2.config.vocab_size = 50257
-    assert calibration.windows_at_once(gpt2, 1024) == 1
-    assert calibration.windows_at_once(gpt2, 512) == 2
+@pytest.mark.parametrize("pieces", [1, 7, 384])
+@pytest.mark.parametrize("make", [lambda: tiny("gpt2"), scaled_logits])
+def test_the_backward_pass_in_pieces_is_that_of_the_sampled_labels(monkeypatch, make, pieces):
+    """Against autograd on -log p of the same labels."""
+    model = make()
+    name = names(model)[0]
+    drawn = []
+    monkeypatch.setattr(calibration, "LOGITS", pieces * 96)
+    search = torch.searchsorted
+    monkeypatch.setattr(
+        torch, "searchsorted", lambda *a, **k: drawn.append(search(*a, **k)) or drawn[-1]
+    )
+    found = calibration.calibrate(model, WINDOWS, [name], batch=24)[name]
+    labels = torch.cat(drawn).flatten()
+    with calibration.captured({name: model.get_submodule(name)}, True, detach=False) as seen:
+        logs = model(input_ids=WINDOWS).logits.log_softmax(-1).flatten(0, 1)
+    gradient = torch.autograd.grad(-logs.gather(1, labels[:, None]).sum(), seen[name])[0]
+    flat = gradient.flatten(0, 1).double()
+    torch.testing.assert_close(
+        found.gradient, flat.T @ flat / len(flat), rtol=1e-3, atol=1e-6 * float(flat.square().max())
+    )
+
+
+def test_labels_are_drawn_from_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log().expand(20_000, 5)
+    logits = logits.clone().requires_grad_()
+    calibration.backward_from_samples(logits, torch.nn.Identity(), 5, generator)
+    counts = (logits.grad - logits.detach().exp()).lt(-0.5).double().mean(0)
+    expected = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(counts, expected, rtol=0.05, atol=1e-9)
 
 
 def test_few_tokens_warn_with_the_number_needed(gpt2):

@@ -18,15 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import data, docstrings, evaluate
 from krony.errors import KronyError
-from krony.families import dense_weight
+from krony.families import dense_weight, states_and_head
 
 TOKENS_PER_DIMENSION = 20
 SELF = "self"
 
 
-GRAM_SIDE = 768  # of the blocks in which a product that is symmetric is computed
-LOGIT_BYTES = 2**28  # of one batch; the backward pass holds about six times that
-MOST_WINDOWS = 8
+GRAM_SIDE = 384  # of the blocks in which a product that is symmetric is computed
+MOST_WINDOWS, MOST_TOKENS = 8, 2048  # at once: beyond, a CPU spends its time on fresh memory
+LOGITS = 2**23  # most logits held at a time, 32 MB each for them, their probabilities and gradients
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -53,10 +53,9 @@ def gram(x: Tensor) -> Tensor:
     return symmetric(total)
 
 
-def windows_at_once(model: PreTrainedModel, window: int) -> int:
-    """How many windows go through the model together: as many as their logits have room for."""
-    logits = 4 * window * model.config.get_text_config().vocab_size
-    return max(1, min(MOST_WINDOWS, LOGIT_BYTES // logits))
+def windows_at_once(window: int) -> int:
+    """How many windows go through a model together."""
+    return max(1, min(MOST_WINDOWS, MOST_TOKENS // window))
 
 
 @dataclass
@@ -221,12 +220,15 @@ def calibrate(
     Args:
         windows: token ids, (windows, window).
         gradients: also collect E[g gᵀ]; costs a backward pass.
-        batch: windows at once; default: by the size of their logits.
+        batch: windows at once.
     """
-    batch = batch or windows_at_once(model, windows.shape[1])
+    batch = batch or windows_at_once(windows.shape[1])
+    states, head = states_and_head(model)
+    vocabulary = model.config.get_text_config().vocab_size
     found: dict[str, Moments] = {}
     # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
     shared: dict[int, tuple[Tensor, Inputs]] = {}
+    readers: set[str] = set()  # those that add to the inputs, one of all that share them
     modules = {name: model.get_submodule(name) for name in names}
     home = _home(model, list(modules.values()))
 
@@ -234,13 +236,15 @@ def calibrate(
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             (x,) = arguments
             if name not in found:  # the first batch shows which matrices read the same tensor
-                _, inputs = shared.setdefault(id(x), (x, Inputs.zeros(x.shape[-1], home)))
+                if id(x) not in shared:
+                    shared[id(x)] = (x, Inputs.zeros(x.shape[-1], home))
+                    readers.add(name)
+                inputs = shared[id(x)][1]
                 width = output.shape[-1]
                 square = Inputs.zeros(width, home).square if gradients else None
                 found[name] = Moments(inputs, square)
             entry = found[name]
-            if id(entry.inputs) not in seen:
-                seen.add(id(entry.inputs))
+            if name in readers:
                 entry.inputs.add(x)
             if gradients:
                 output.register_hook(lambda g: _add_gradient(entry, g))
@@ -254,13 +258,12 @@ def calibrate(
         # Only activations need gradients; the input embeddings start the graph.
         model.requires_grad_(False)
         for start in range(0, len(windows), batch):
-            seen: set[int] = set()
             ids = windows[start : start + batch].to(model.device)
             with torch.set_grad_enabled(gradients):
                 embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
-                logits = model(inputs_embeds=embedded, use_cache=False).logits
+                hidden = states(inputs_embeds=embedded)
             if gradients:
-                sampled_loss(logits, generator).backward()
+                backward_from_samples(hidden, head, vocabulary, generator)
             if start == 0:
                 shared.clear()
             if progress is not None:
@@ -291,11 +294,40 @@ def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     entry.tokens += len(flat)
 
 
-def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over tokens of -log p(label), labels drawn from p itself."""
-    logs = logits.float().log_softmax(-1).flatten(0, 1)
-    drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
-    return -logs.gather(1, drawn.to(logs.device)).sum()
+def backward_from_samples(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    generator: torch.Generator,
+    read: Callable[[Tensor], None] | None = None,
+) -> None:
+    """The backward pass of the sum over tokens of -log p(label), labels drawn from p itself.
+
+    Its gradient at the logits is p minus one at the label. Tokens go through the output matrix in
+    pieces, so that no more than `LOGITS` logits are held.
+
+    Args:
+        hidden: last hidden states (..., D), with a graph. head: maps them to logits (..., V).
+        vocabulary: V.
+        read: is shown p of every piece, (tokens, V), before it is changed.
+    """
+    flat = hidden.detach().flatten(0, -2)
+    gradient = torch.empty_like(flat)
+    size = max(1, LOGITS // vocabulary)
+    for start in range(0, len(flat), size):
+        piece = flat[start : start + size].requires_grad_()
+        with torch.enable_grad():
+            logits = head(piece)
+        p = logits.detach().float().softmax(-1)
+        if read is not None:
+            read(p)
+        # By inverse distribution: one random number a token instead of one a word.
+        below = p.cumsum(-1)
+        point = torch.rand(len(p), 1, generator=generator).to(p.device) * below[:, -1:]
+        label = torch.searchsorted(below, point, right=True).clamp(max=p.shape[-1] - 1)
+        p.scatter_add_(1, label, torch.full_like(point, -1.0))
+        (gradient[start : start + size],) = torch.autograd.grad(logits, piece, p.to(logits.dtype))
+    hidden.backward(gradient.view_as(hidden))
 
 
 # Block by block, for factors that see the inputs of the model that is already compressed.
@@ -364,21 +396,28 @@ def _hooks(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None
 
 @contextmanager
 def captured(
-    modules: dict[str, nn.Module], outputs: bool, detach: bool = True
+    modules: dict[str, nn.Module], outputs: bool, detach: bool = True, stop: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside, every forward leaves the inputs (or outputs) of the modules in the dictionary."""
+    """Inside, every forward leaves the inputs (or outputs) of the modules in the dictionary.
+
+    With `stop` there is one forward inside, and it ends, with the block, once all of them are seen.
+    """
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-            found = _hidden(output) if outputs else arguments[0]
-            seen[name] = found.detach() if detach else found
+    def note(name: str, found: Any) -> None:
+        seen[name] = _hidden(found).detach() if detach else _hidden(found)
+        if stop and len(seen) == len(modules):
+            raise _Stop
 
-        return hook
+    def hook(name: str, module: nn.Module) -> Any:
+        if outputs:
+            return module.register_forward_hook(lambda _, arguments, output: note(name, output))
+        return module.register_forward_pre_hook(lambda _, arguments: note(name, arguments))
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    handles = [hook(name, module) for name, module in modules.items()]
     try:
-        yield seen
+        with suppress(_Stop):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony import fit, kron
-from krony.calibrate import captured, gram, sampled_loss, windows_at_once
-from krony.families import Target
+from krony.calibrate import backward_from_samples, captured, gram, windows_at_once
+from krony.families import Target, states_and_head
 from krony.schemes import Factors
 
 SHARES = 32  # ranks that are priced, evenly spaced
@@ -117,33 +117,36 @@ def calibrate(
 ) -> dict[str, RowMetric]:
     """The metric of the embedding and of an untied output matrix, in one pass.
 
-    Memory: D² numbers for each, and the logits of one batch.
+    Memory: D² numbers for each.
 
     Args:
         windows: token ids, (windows, window).
         targets: of role "embedding" or "head".
     """
-    head, batch = model.get_output_embeddings(), windows_at_once(model, windows.shape[1])
+    head, batch = model.get_output_embeddings(), windows_at_once(windows.shape[1])
     width, tokens = head.weight.shape[1], 0
     read = torch.zeros(head.weight.shape[0], dtype=torch.float64)
     written = torch.zeros_like(read)
     hidden = torch.zeros(width, width, dtype=torch.float64)
     gradients: Tensor | None = None
     generator = torch.Generator().manual_seed(seed)
+    states, to_logits = states_and_head(model)
+
+    def count(chances: Tensor) -> None:
+        read.add_(chances.sum(0, dtype=torch.float64).cpu())
+        written.add_((chances - chances.square()).sum(0, dtype=torch.float64).cpu())
+
     flags = [p.requires_grad for p in model.parameters()]
     try:
         model.requires_grad_(False)
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch].to(model.device)
+            embedded = model.get_input_embeddings()(ids).requires_grad_()
             with captured({"head": head}, outputs=False) as seen:
-                embedded = model.get_input_embeddings()(ids).requires_grad_()
-                logits = model(inputs_embeds=embedded, use_cache=False).logits
-            sampled_loss(logits, generator).backward()
-            chances = logits.detach().float().softmax(-1).flatten(0, 1)
-            read += chances.sum(0, dtype=torch.float64).cpu()
-            written += (chances - chances.square()).sum(0, dtype=torch.float64).cpu()
+                last = states(inputs_embeds=embedded)
+            backward_from_samples(last, to_logits, head.weight.shape[0], generator, count)
             assert embedded.grad is not None
-            hidden += _square(seen["head"])
+            hidden += _square(seen.get("head", last.detach()))
             square = _square(embedded.grad)
             gradients = square if gradients is None else gradients + square
             tokens += ids.numel()

@@ -11,9 +11,11 @@ import difflib
 import fnmatch
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +35,7 @@ SETS: dict[str, tuple[Role, ...]] = {
     "everything": ("up", "down", "attention", "embedding", "head"),
 }
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+PROBE = 8  # tokens on which the short way to the logits is checked
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,34 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
             inside += (name + ".",)
             found += [(f"{name}.{i}", i, block) for i, block in enumerate(module)]
     return found
+
+
+@torch.no_grad()
+def states_and_head(
+    model: PreTrainedModel,
+) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """(`input_ids` or `inputs_embeds` to last hidden states, those to logits), so that logits need
+    not be held for all tokens at once; checked against the model's own logits.
+
+    A model that does more between the two (soft caps, scales) gets its own logits as "hidden
+    states" and no head: right, but all logits are held at once.
+    """
+    head = model.get_output_embeddings()
+    forward, was_training = type(model).forward, model.training
+
+    def states(**inputs: Any) -> Tensor:
+        found: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+        return found
+
+    ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
+    model.eval()
+    wanted = forward(model, input_ids=ids, use_cache=False).logits
+    short = head is not None and model.base_model is not model
+    if short and torch.allclose(head(states(input_ids=ids)), wanted, rtol=1e-3, atol=1e-3):
+        model.train(was_training)
+        return states, head
+    model.train(was_training)
+    return (lambda **inputs: forward(model, **inputs, use_cache=False).logits), nn.Identity()
 
 
 def _block_targets(model: PreTrainedModel) -> list[Target]:

@@ -4,7 +4,7 @@ The loss is computed inside of the model's own forward, so that whatever wraps t
 (DistributedDataParallel, FSDP2, autocast, torch.compile) sees one scalar and never the logits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 from krony import losses
 from krony.calibrate import captured
 from krony.errors import KronyError
-from krony.families import blocks
-
-PROBE = 8  # tokens on which the short way to the logits is checked
+from krony.families import blocks, states_and_head
 
 
 class Objective:
@@ -47,7 +45,7 @@ class Objective:
                 f"the loss {'+'.join(parts)} needs a teacher, the dense model; give one, or use ce"
             )
         self.teacher = teacher if self.taught else None
-        self.student_states = _states_and_head(model)
+        self.student_states = states_and_head(model)
         self.student_layers: dict[str, nn.Module] = {}
         self.teacher_layers: dict[str, nn.Module] = {}
         if self.teacher is not None:
@@ -58,7 +56,7 @@ class Objective:
                     f"{self.vocabulary}; the teacher must be the dense model it was made from"
                 )
             self.teacher.eval().requires_grad_(False)
-            self.teacher_states = _states_and_head(self.teacher)
+            self.teacher_states = states_and_head(self.teacher)
         if losses.FEATURES in parts and self.teacher is not None:
             self.student_layers, self.teacher_layers = _same_blocks(model, self.teacher)
 
@@ -68,13 +66,13 @@ class Objective:
         parts = self.parts if training else (losses.CE,)
         states, head = self.student_states
         if not training or self.teacher is None:
-            hidden = states(input_ids)
+            hidden = states(input_ids=input_ids)
             loss = losses.next_token(_flat(hidden), head, _labels(input_ids), self.vocabulary)
             return {"loss": loss}
         with torch.no_grad(), captured(self.teacher_layers, outputs=True) as wanted:
-            known, teach = self.teacher_states[0](input_ids), self.teacher_states[1]
+            known, teach = self.teacher_states[0](input_ids=input_ids), self.teacher_states[1]
         with captured(self.student_layers, outputs=True, detach=False) as features:
-            hidden = states(input_ids)
+            hidden = states(input_ids=input_ids)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if set(parts) - {losses.FEATURES}:
             loss = losses.next_token(
@@ -113,30 +111,6 @@ def _flat(hidden: Tensor) -> Tensor:
 
 def _labels(input_ids: Tensor) -> Tensor:
     return input_ids[:, 1:].flatten()
-
-
-@torch.no_grad()
-def _states_and_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor], losses.Head]:
-    """(ids to last hidden states, those to logits), checked against the model's own logits.
-
-    A model that does more between the two (soft caps, scales) gets its own logits as "hidden
-    states" and no head: right, but all logits are held at once.
-    """
-    head = model.get_output_embeddings()
-    forward, was_training = type(model).forward, model.training
-
-    def states(ids: Tensor) -> Tensor:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-    ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
-    model.eval()
-    wanted = forward(model, input_ids=ids, use_cache=False).logits
-    short = head is not None and model.base_model is not model
-    if short and torch.allclose(head(states(ids)), wanted, rtol=1e-3, atol=1e-3):
-        model.train(was_training)
-        return states, head
-    model.train(was_training)
-    return (lambda ids: forward(model, input_ids=ids, use_cache=False).logits), nn.Identity()
 
 
 @contextmanager

@@ -129,7 +129,6 @@ def fit_plan(
     moments: dict[str, Moments],
     install: Callable[[nn.Module, MatrixPlan, Fitted], nn.Module],
     options: DataOptions,
-    batch: int = 8,
     progress: Callable[[str, int, int], None] | None = None,
     embedded: PreTrainedModel | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
@@ -184,6 +183,7 @@ def fit_plan(
     last = max(
         i for i, (block, _, _) in enumerate(named) if any(n.startswith(block + ".") for n in inside)
     )
+    batch = calibrate.windows_at_once(windows.shape[1])
     stream = BlockStream(model, [module for _, _, module in named], windows, batch)
     dense_hidden, hidden = stream.hidden, list(stream.hidden)
     if embedded is not None:
@@ -193,13 +193,14 @@ def fit_plan(
             work = copy.deepcopy(dense)
             prefix = block_name + "."
             mine = [n.removeprefix(prefix) for n in inside if n.startswith(prefix)]
+            after: list[Tensor] = []  # outputs of the dense block: the next one's inputs
             for stage in _stages(stream, index, dense, dense_hidden[0], mine):
                 lift = options.residual and _writes_the_stream(
                     stream, index, work, hidden[0], stage
                 )
                 home = moments[prefix + stage[0]].inputs.device
                 pairings = _pair(
-                    stream, index, dense, work, dense_hidden, hidden, stage, lift, home
+                    stream, index, dense, work, dense_hidden, hidden, after, stage, lift, home
                 )
                 for name, pairing in pairings.items():
                     layer = dense.get_submodule(name)
@@ -209,7 +210,7 @@ def fit_plan(
                     conv1d = planned[prefix + name].conv1d
                     work.set_submodule(name, dense_layer(made, conv1d))
             if index < last:
-                dense_hidden = [stream.run(index, dense, h) for h in dense_hidden]
+                dense_hidden = after or [stream.run(index, dense, h) for h in dense_hidden]
                 hidden = [stream.run(index, work, h) for h in hidden]
     return done
 
@@ -240,13 +241,13 @@ def _writes_the_stream(
     with calibrate.captured(module, outputs=True) as seen:
         full = stream.run(index, block, hidden)
     written = seen[stage[0]]
+    if written.shape != full.shape:
+        return False
     handle = module[stage[0]].register_forward_hook(lambda *_: torch.zeros_like(written))
     try:
         rest = stream.run(index, block, hidden)
     finally:
         handle.remove()
-    if written.shape != full.shape:
-        return False
     return float((full - rest - written).norm()) <= 1e-3 * float(written.norm())
 
 
@@ -257,6 +258,7 @@ def _pair(
     work: nn.Module,
     dense_hidden: list[Tensor],
     hidden: list[Tensor],
+    after: list[Tensor],
     stage: list[str],
     lift: bool,
     home: torch.device,
@@ -264,21 +266,26 @@ def _pair(
     """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches.
 
     With `lift`, for one matrix that writes to the residual stream, not with its outputs in `dense`
-    but with those that would make the block's output that of `dense`.
+    but with those that would make the block's output that of `dense`. No forward goes further than
+    it must; the first one through `dense` does, and leaves the block's outputs in `after`.
     """
     originals = {name: dense.get_submodule(name) for name in stage}
     followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
     found: dict[str, _Pairing] = {}
-    for here, there in zip(dense_hidden, hidden, strict=True):
-        with calibrate.captured(originals, outputs=True) as outputs:
-            wanted = stream.run(index, dense, here)
+    known = list(after)
+    for number, (here, there) in enumerate(zip(dense_hidden, hidden, strict=True)):
+        if lift and known:
+            outputs: dict[str, Tensor] = {}
+        else:
+            with calibrate.captured(originals, outputs=True, stop=bool(known)) as outputs:
+                after.append(stream.run(index, dense, here))
         with (
-            calibrate.captured(followed, outputs=False) as inputs,
             calibrate.captured(followed, outputs=True) as current,
+            calibrate.captured(followed, outputs=False, stop=not lift) as inputs,
         ):
             now = stream.run(index, work, there)
-        if lift:
-            outputs = {stage[0]: current[stage[0]] + (wanted - now)}
+            if lift:
+                outputs = {stage[0]: current[stage[0]] + (after[number] - now)}
         x = inputs[stage[0]]
         shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1], home)
         shared.add(x)
