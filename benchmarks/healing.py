@@ -24,10 +24,19 @@ from krony.checkpoints import write_json, write_text
 from krony.docstrings import installed, python_docstrings
 from krony.factorise import DATA
 from krony.limits import parse_count
+from krony.recipe import RECIPES, Recipe, Stage
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
-COMPARISON = "comparison"  # one batch and learning rate for all starts and losses
+COMPARISON = "comparison"  # one plain recipe for all starts and losses
+
+
+def comparison(width: int, tokens: int) -> Recipe:
+    """AdamW, 4,096 tokens a step."""
+    return Recipe((Stage(4096, 1.5e-3, 0.0, 50),), decay=0.0)
+
+
+RECIPES[COMPARISON] = comparison
 
 
 @dataclass(frozen=True)
@@ -129,12 +138,9 @@ def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     training = blocks.load_blocks(["python-docstrings"], tokenizer, WINDOW)
     training, held_out = blocks.hold_out(training)
     teacher = krony.load_model("demo", torch.float32)
-    compared = cell.recipe == COMPARISON
     config = krony.HealConfig(
         tokens=tokens,
-        recipe="default" if compared else cell.recipe,
-        batch_tokens=4096 if compared else None,
-        learning_rate=1.5e-3 if compared else None,
+        recipe=cell.recipe,
         loss=cell.loss,
         seed=seed,
         eval_every=tokens // 6,

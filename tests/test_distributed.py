@@ -81,6 +81,16 @@ def test_two_processes_shard_the_model_and_write_it_whole(inputs, alone):
     assert_same_run(inputs, "sharded", found, alone)
 
 
+def test_muon_on_sharded_matrices(inputs):
+    """In bfloat16, where the order of sums shows: the same curve to a percent."""
+    alone = figures(inputs, "m1", heal(inputs, "m1", ALONE, {}, "--dtype", "bfloat16"))
+    found = figures(inputs, "m2", heal(inputs, "m2", TWO, FSDP2, "--dtype", "bfloat16"))
+    assert (found["processes"], found["sharded"]) == (2, True)
+    for a, b in zip(found["curve"], alone["curve"], strict=True):
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-2)
+    assert found["best_held_out"] < found["curve"][0]["held_out"] - 0.1
+
+
 def assert_same_run(inputs: Path, name: str, found: dict, wanted: dict) -> None:
     assert [p["tokens"] for p in found["curve"]] == [p["tokens"] for p in wanted["curve"]]
     for a, b in zip(found["curve"], wanted["curve"], strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import krony
-from helpers import logits, tiny
+from helpers import logits, scaled_logits, tiny
 from krony import losses
 from krony.blocks import from_ids
 from krony.calibrate import captured
@@ -18,7 +18,8 @@ from krony.families import blocks
 from krony.heal import HealConfig, heal
 from krony.losses import PARTS
 from krony.objective import Objective, returning_loss
-from krony.recipe import RECIPES, parameter_groups
+from krony.optimizers import parameter_groups
+from krony.recipe import RECIPES
 from krony.training import COMPLETE, HealTrainer, Stopped, last_checkpoint
 
 WINDOW = 16
@@ -140,14 +141,7 @@ def test_features_are_the_hidden_states_after_every_block(family):
 
 
 def test_models_that_scale_their_logits_go_the_long_way():
-    import transformers as hf
-
-    torch.manual_seed(0)
-    config = hf.CohereConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, logit_scale=0.25, max_position_embeddings=64,
-    )  # fmt: skip
-    model = hf.CohereForCausalLM(config).eval()
+    model = scaled_logits()
     ids = torch.arange(24).reshape(2, 12) % 90
     wanted = model(input_ids=ids, labels=ids).loss
     with returning_loss(model, Objective(model, ("ce",))):
@@ -191,9 +185,16 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("when", ["after the checkpoint", "while it is written"])
-def test_a_killed_run_resumes_to_the_same_numbers(when, tmp_path, monkeypatch):
-    config = HealConfig(**{**CONFIG.__dict__, "save_minutes": 0.0})  # a checkpoint every step
+@pytest.mark.parametrize(
+    ("when", "dtype"),
+    [
+        ("after the checkpoint", "float32"),
+        ("while it is written", "float32"),
+        ("after the checkpoint", "bfloat16"),  # with Muon
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_numbers(when, dtype, tmp_path, monkeypatch):
+    config = replace(CONFIG, save_minutes=0.0, dtype=dtype)  # a checkpoint every step
     whole, _ = small()
     wanted = train(whole, config, tmp_path / "whole")
 
@@ -336,7 +337,8 @@ def test_the_paper_recipe_has_two_stages(tmp_path):
 def test_groups_of_parameters(gpt2):
     krony.compress(gpt2, krony.make_plan(gpt2, small=(2, 2)), init="van-loan")
     recipe = krony.recipe.Recipe(stages=(), factors=3.0, decay=0.1)
-    groups = parameter_groups(gpt2, recipe, 1e-3)
+    matrices, groups = parameter_groups(gpt2, recipe, 1e-3)
+    assert not matrices
     assert sum(len(g["params"]) for g in groups) == len(list(gpt2.parameters()))
     rates = {(round(g["lr"], 6), g["weight_decay"]) for g in groups}
     assert rates == {(1e-3, 0.1), (1e-3, 0.0), (3e-3, 0.1)}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,6 +38,8 @@ class Recipe:
         taught, untaught: the loss with a teacher and without one.
         factors: learning rate of the factors over that of the other weights.
         betas, decay: of AdamW (Loshchilov and Hutter 2019); vectors have no weight decay.
+        muon: Muon instead of AdamW for the matrices of blocks, in runs in bfloat16 (its iterations
+            are in bfloat16 whatever the run); see `optimizers.py`.
         adapters: rank of LoRA adapters on the large factors, the only thing that is trained then.
     """
 
@@ -48,6 +49,7 @@ class Recipe:
     factors: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     decay: float = 0.1
+    muon: bool = False
     adapters: int = 0
 
 
@@ -69,13 +71,15 @@ def default(width: int, tokens: int) -> Recipe:
     """
     batch = min(max(tokens // 2000, 512), 122_880)
     rate = 1e-3 if batch < 1024 else 1.5e-3
-    return Recipe(stages=(Stage(batch, rate * 256 / width, 0.0, 50),), decay=0.0)
+    return Recipe(
+        stages=(Stage(batch, rate * 256 / width, 0.0, 50),), betas=(0.9, 0.99), decay=0.0, muon=True
+    )
 
 
 def lora(width: int, tokens: int) -> Recipe:
     """LoRA adapters (Hu et al. 2022) on the large factors only, merged at the end."""
     recipe = default(width, tokens)
-    return replace(recipe, adapters=16)
+    return replace(recipe, muon=False, adapters=16)
 
 
 RECIPES: dict[str, Callable[[int, int], Recipe]] = {
@@ -85,29 +89,8 @@ RECIPES: dict[str, Callable[[int, int], Recipe]] = {
 }
 
 
-def parameter_groups(
-    model: nn.Module, recipe: Recipe, learning_rate: float
-) -> list[dict[str, Any]]:
-    """Four groups at most: factors or not, with weight decay or not."""
-    factored: set[int] = set()
-    for module in _factored(model):
-        factored |= {id(p) for name, p in module.named_parameters() if name != "bias"}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            key = (id(parameter) in factored, parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (recipe.factors if factors else 1.0),
-            "weight_decay": recipe.decay if matrices else 0.0,
-        }
-        for (factors, matrices), parameters in groups.items()
-    ]
-
-
-def _factored(model: nn.Module) -> list[nn.Module]:
+def factored_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose weight is a sum of Kronecker products."""
     kinds = (KroneckerLinear, KroneckerEmbedding)
     return [m for m in model.modules() if isinstance(m, kinds)]
 
@@ -122,14 +105,14 @@ def check_unquantised(model: nn.Module) -> None:
 
 def check_factored(model: nn.Module) -> None:
     """Raises `KronyError` if nothing would be left to train beside frozen dense layers."""
-    if not _factored(model):
+    if not factored_layers(model):
         raise KronyError("nothing would be trained: the model has no factored layer")
 
 
 def freeze_dense(model: nn.Module) -> None:
     """Leave only the parameters of factored layers to be trained."""
     model.requires_grad_(False)
-    for module in _factored(model):
+    for module in factored_layers(model):
         module.requires_grad_(True)
 
 

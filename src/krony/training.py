@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from krony.checkpoints import write_json
 from krony.errors import KronyError
 from krony.modeling import KroneckerQuantizer
-from krony.recipe import Recipe, parameter_groups
+from krony.optimizers import make_optimizer
+from krony.recipe import Recipe
 
 COMPLETE = "complete"  # the file whose presence says that a checkpoint was written to its end
 BEST = "best"
@@ -134,8 +136,9 @@ class HealTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
-            groups = parameter_groups(trained, self.recipe, self.args.learning_rate)
-            self.optimizer = torch.optim.AdamW(groups, betas=self.recipe.betas)
+            # DeepSpeed cuts parameters to pieces that have no axes.
+            recipe = replace(self.recipe, muon=self.recipe.muon and not self.is_deepspeed_enabled)
+            self.optimizer = make_optimizer(trained, recipe, self.args.learning_rate)
         return self.optimizer
 
     def prediction_step(
