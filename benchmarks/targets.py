@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import krony
+import starts
 from krony import calibrate, data, docstrings, evaluate, tables
 from krony.budget import balanced_shapes, make_budget_plan, sized
 from krony.checkpoints import write_json
@@ -56,11 +57,15 @@ class Bench:
         """A fresh copy."""
         return krony.load_model(self.source, torch.float32)
 
-    def measure(self, name: str, plan: Plan, init: str) -> dict[str, Any]:
+    def measure(
+        self, name: str, plan: Plan, init: str, options: krony.DataOptions | None = None
+    ) -> dict[str, Any]:
         """Compress and evaluate; a JSON-ready row, printed."""
         model, started = self.model(), time.perf_counter()
         moments = {m.name: self.moments[m.name] for m in plan.matrices}
-        krony.compress(model, plan, init=init, calibration=self.windows, moments=moments)
+        krony.compress(
+            model, plan, init=init, calibration=self.windows, moments=moments, options=options
+        )
         row: dict[str, Any] = {
             "method": name,
             "share": round(plan.parameters / plan.dense_parameters, 4),
@@ -85,7 +90,8 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     def uniform(shapes: Callable[[Target], krony.Factors]) -> Plan:
         return Plan(tuple(matrix_plan(t, (shapes(t),)) for t in targets))
 
-    paper = krony.make_plan(model, small={0.5: (2, 1), 0.25: (2, 2)}[share])
+    paper = krony.make_plan(model, small=starts.SMALL[share])
+    svd = starts.named(model, starts.WHITENED, share)
     low_rank = uniform(lambda t: sized((t.shape[0], 1), (1, t.shape[1]), share))
     sums = uniform(lambda t: sized(*balanced_shapes(t.shape), share))
     found = make_budget_plan(model, bench.windows, share=share, moments=bench.moments)
@@ -93,6 +99,7 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
         bench.measure("paper, van-loan", paper, "van-loan"),
         bench.measure("paper, van-loan-scaled", paper, "van-loan-scaled"),
         bench.measure("paper, prune", paper, "prune"),
+        bench.measure(starts.WHITENED, svd.plan, svd.init, svd.options),
         bench.measure("low rank, data", low_rank, DATA),
         bench.measure("balanced sum, data", sums, DATA),
         {**bench.measure("budget, data", found.plan, DATA), "predicted_nats": found.harm},
