@@ -312,7 +312,11 @@ def apply(
 
 
 def add(y: Tensor, bias: Tensor) -> Tensor:
-    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums."""
+    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums.
+
+    In y's dtype: autocast leaves sums alone, and float32 would spread from here.
+    """
+    bias = bias.to(y.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return y + bias
     return y.add_(bias)
@@ -324,8 +328,9 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     if k == 1:  # the low-rank corner: an ordinary linear map
         offset = None if bias is None else bias.squeeze(-1)
         return F.linear(x.squeeze(-1), mixing, offset).unsqueeze(-1)
-    if q == 1:
-        return mixing * x if bias is None else torch.addcmul(bias, mixing, x)
+    if q == 1:  # in the dtype of x, see `add`
+        mixing = mixing.to(x.dtype)
+        return mixing * x if bias is None else torch.addcmul(bias.to(x.dtype), mixing, x)
     # torch.matmul, which would do for all, spends several times as long on finding the call.
     many = mixing.expand(tokens, -1, -1)
     return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
