@@ -78,11 +78,20 @@ def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl", "features", "ce+kl+features"])
-def test_it_learns_and_saves_what_it_learned(loss, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        ("ce", "float32"),
+        ("kl", "float32"),
+        ("features", "float32"),
+        ("ce+kl+features", "float32"),
+        ("kl+features", "bfloat16"),
+    ],
+)
+def test_it_learns_and_saves_what_it_learned(loss, dtype, tmp_path):
     model, teacher = small()
     before = logits(teacher)
-    config = HealConfig(**{**CONFIG.__dict__, "loss": loss, "learning_rate": 1e-2})
+    config = replace(CONFIG, loss=loss, dtype=dtype, learning_rate=1e-2)
     if loss == "ce":
         teacher = None
     record = train(model, config, tmp_path / "run", teacher)

@@ -18,7 +18,7 @@ from krony import curves, losses
 from krony.blocks import Blocks
 from krony.checkpoints import write_json
 from krony.errors import KronyError
-from krony.objective import Objective, returning_loss
+from krony.objective import Objective, borrowed, returning_loss
 from krony.recipe import (
     RECIPES,
     Recipe,
@@ -166,17 +166,17 @@ def heal(
         errors = reconstruct(
             model, teacher, torch.tensor(head), config.reconstruct, progress=progress
         )
-    if objective.teacher is not None:
-        precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        objective.teacher.to(model.device, precision)  # type: ignore[arg-type]
     if recipe.adapters:
         add_adapters(model, recipe.adapters)
     elif config.freeze == "dense":
         freeze_dense(model)
-    flops = flops_per_token(model, objective, window)
     curve: list[dict[str, float]] = []
     seconds, trained, done = 0.0, 0, 0
     with ExitStack() as stack:
+        if objective.teacher is not None:
+            precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+            stack.enter_context(borrowed(objective.teacher, model.device, precision))
+        flops = flops_per_token(model, objective, window)
         stack.enter_context(returning_loss(model, objective))
         for number, stage in enumerate(stages):
             folder = run / f"stage-{number}"

@@ -55,7 +55,7 @@ class Objective:
                     f"the teacher has a vocabulary of {size} tokens and the model one of "
                     f"{self.vocabulary}; the teacher must be the dense model it was made from"
                 )
-            self.teacher.eval().requires_grad_(False)
+            self.teacher.eval()
             self.teacher_states = states_and_head(self.teacher)
         if losses.FEATURES in parts and self.teacher is not None:
             self.student_layers, self.teacher_layers = _same_blocks(model, self.teacher)
@@ -111,6 +111,22 @@ def _flat(hidden: Tensor) -> Tensor:
 
 def _labels(input_ids: Tensor) -> Tensor:
     return input_ids[:, 1:].flatten()
+
+
+@contextmanager
+def borrowed(teacher: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the teacher's weights are on that device and in that dtype; then what they were."""
+    tensors = [*teacher.parameters(), *teacher.buffers()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            # Buffers, of positions for example, keep their precision.
+            weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            tensor.data = tensor.data.to(device, dtype if weight else tensor.dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 @contextmanager
