@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krony import cpu_kernels, kron
+from krony import cpu_kernels, kron, tensor_rank
 from krony.kron import Layout, Shape
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
@@ -21,6 +21,8 @@ MAX_TOKENS = 16
 # is as large as the large one.
 MAX_SIDE, MAX_ENTRIES = 16, 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+run_many = tensor_rank.run  # the counterpart of `run` for many tokens
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None

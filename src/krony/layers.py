@@ -28,8 +28,8 @@ class KroneckerGroup(nn.Module):
     """
 
     order: Tensor | None
-    # One call for a few tokens (kernels.py). Set where krony is imported: this module is also
-    # copied into self-contained models, which do without.
+    # Other ways for a few tokens and for many (kernels.py). Set where krony is imported: this
+    # module is also copied into self-contained models, which do without.
     fused: Any = None
 
     def __init__(
@@ -140,6 +140,10 @@ class KroneckerGroup(nn.Module):
         return tokens > self.dense_from and self.is_plain
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.terms > 1 and self.fused is not None:
+            made: Tensor | None = self.fused.run_many(self, x, bias)
+            if made is not None:
+                return made
         if self.dense_from < math.inf and self.forms_dense(x.numel() // x.shape[-1]):
             return F.linear(x, self.to_dense(), bias)
         return self.factored(x, bias)

@@ -1,0 +1,187 @@
+"""Fewer large products for sums of terms with a tiny small factor, for many tokens on a CPU.
+
+R small factors B_r (m2, n2) are a tensor of three axes. Written as K products of vectors,
+
+    B_r = Σ_k c_rk u_k v_kᵀ     gives     Σ_r B_r ⊗ A_r = Σ_k u_k v_kᵀ ⊗ (Σ_r c_rk A_r),
+
+so that K products with matrices of A's size do, where the sum takes R·n2 or R·m2 of them and the
+dense matrix m2·n2: as in fast matrix multiplication (Strassen 1969). Four terms with 3 x 3 small
+factors take five instead of twelve, and nine when dense.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krony import kron
+
+MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
+SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
+EXACT = 1e-9  # relative error, float64
+# Norm of the terms over that of their sum: what rounding is magnified by.
+MOST_CANCELLATION = 3.0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """B_r = Σ_k c_rk u_k v_kᵀ, with ‖u_k‖ = ‖v_k‖ = 1: c (R, K), u (m2, K), v (n2, K)."""
+
+    c: Tensor
+    u: Tensor
+    v: Tensor
+
+    @property
+    def products(self) -> int:
+        """K."""
+        return self.c.shape[1]
+
+    def to(self, dtype: torch.dtype) -> "Decomposition":
+        """The same in another precision."""
+        return Decomposition(self.c.to(dtype), self.u.to(dtype), self.v.to(dtype))
+
+
+def decompose(small: Tensor) -> Decomposition | None:
+    """The fewest products of vectors found for B (R, m2, n2), float64, or None if none save work.
+
+    None as well where B is zero or not finite, and where the terms would cancel each other: more
+    than rounding would be left of them.
+    """
+    small = small.detach().double()
+    size = float(small.norm())
+    if not 0 < size < float("inf"):
+        return None
+    terms, m2, n2 = small.shape
+    # At least as many as any flattening has rank, and as numbers to choose as numbers to meet.
+    numbers = -(-terms * m2 * n2 // (terms + m2 + n2 - 2))
+    least = max(m2, n2, min(terms, m2 * n2), numbers)
+    for products in range(least, m2 * n2):
+        found = _fit(small / size, products)
+        if found is not None:
+            return Decomposition(found.c * size, found.u, found.v)
+    return None
+
+
+def _fit(small: Tensor, products: int) -> Decomposition | None:
+    """Levenberg-Marquardt from several starts at once, all factors together."""
+    terms, m2, n2 = small.shape
+    sides, wanted = (terms, m2, n2), small.flatten()
+    generator = torch.Generator().manual_seed(0)
+    where: dict[str, Any] = {"dtype": torch.float64, "generator": generator}
+    point = torch.randn(SEEDS, sum(sides) * products, **where) * products ** (-1 / 6)
+    damping = torch.full((SEEDS,), 0.1, dtype=torch.float64)
+    units = [torch.eye(side, dtype=torch.float64) for side in sides]
+
+    def split(x: Tensor) -> list[Tensor]:
+        parts = x.split([side * products for side in sides], 1)
+        return [p.unflatten(1, (side, products)) for p, side in zip(parts, sides, strict=True)]
+
+    def miss(x: Tensor) -> Tensor:
+        made = torch.einsum("srk,smk,snk->srmn", *split(x))
+        return made.flatten(1) - wanted
+
+    def slope(x: Tensor) -> Tensor:
+        c, u, v = split(x)
+        parts = (
+            torch.einsum("ra,smk,snk->srmnak", units[0], u, v),
+            torch.einsum("ma,srk,snk->srmnak", units[1], c, v),
+            torch.einsum("na,srk,smk->srmnak", units[2], c, u),
+        )
+        return torch.cat([p.flatten(4).flatten(1, 3) for p in parts], -1)
+
+    error, history = miss(point), []
+    for _ in range(ITERATIONS):
+        best = error.norm(dim=1)
+        history.append(float(best.min()))
+        stuck = len(history) > PATIENCE and history[-1] > 0.7 * history[-1 - PATIENCE]
+        if history[-1] < EXACT / 10 or stuck:
+            break
+        jacobian = slope(point)
+        # A little decay, less the closer, keeps terms from growing against each other.
+        decay = 1e-2 * best.square()[:, None]
+        downhill = (jacobian.mT @ error[..., None]).squeeze(-1) + decay * point
+        normal = jacobian.mT @ jacobian
+        normal.diagonal(dim1=1, dim2=2).add_(damping[:, None] + decay)
+        moved = point - torch.linalg.solve(normal, downhill[..., None]).squeeze(-1)
+        there = miss(moved)
+        # Decay alone may raise the error a little.
+        better = there.norm(dim=1) < best * (1 + 1e-3)
+        point = torch.where(better[:, None], moved, point)
+        error = torch.where(better[:, None], there, error)
+        damping = torch.where(better, damping / 4, damping * 6).clamp(1e-15, 1e6)
+    c, u, v = split(point)
+    lengths = [part.norm(dim=1, keepdim=True) for part in (u, v)]
+    c = c * lengths[0] * lengths[1]
+    cancelled = c.flatten(1).norm(dim=1)  # over the norm of the sum, which is 1
+    good = (error.norm(dim=1) < EXACT) & (cancelled < MOST_CANCELLATION)
+    if not bool(good.any()):
+        return None
+    best_start = int(torch.where(good, cancelled, torch.inf).argmin())
+    return Decomposition(c[best_start], (u / lengths[0])[best_start], (v / lengths[1])[best_start])
+
+
+def apply(
+    x: Tensor,
+    found: Decomposition,
+    weight: Tensor,
+    large_shape: kron.Shape,
+    layout: kron.Layout = "small-outer",
+    mix_first: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias as `kron.apply` with a plain weight, by K large products."""
+    (m1, n1), (terms, products) = large_shape, found.c.shape
+    m2, n2 = len(found.u), len(found.v)
+    lead, offset = x.shape[:-1], None
+    if layout == "small-outer":
+        x = x.reshape(-1, n2, n1)
+        offset = None if bias is None else bias.view(m2, m1)
+    else:
+        x = x.reshape(-1, n1, n2).transpose(1, 2)
+        offset = None if bias is None else bias.view(m1, m2).T
+    if mix_first:  # (m1, R·n1)
+        summed = kron.mix(found.c.T, weight.unflatten(1, (terms, n1))).permute(1, 2, 0)
+    else:  # (R·m1, n1)
+        summed = (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT
+    y = kron.mix(found.v.T, x).transpose(0, 1)  # (K, T, n1)
+    y = torch.bmm(y, summed).transpose(0, 1)  # (T, K, m1)
+    y = kron.mix(found.u, y, offset)
+    if layout == "large-outer":
+        y = y.transpose(1, 2)
+    return y.reshape(*lead, m1 * m2)
+
+
+def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """The product of a `KroneckerGroup` with tokens (..., n), or None where this is no help.
+
+    It helps for plain factors on a CPU outside of autograd, autocast and tracing, and for so many
+    tokens that the sums of large factors are paid for. The decomposition is found at the first such
+    call and kept with the group for as long as its small factors stay the same.
+    """
+    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+    if min(m2, n2) < 2 or m2 * n2 > MOST_ENTRIES or torch.compiler.is_compiling():
+        return None
+    now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
+    tokens, now = x.numel() // x.shape[-1], min(now, m2 * n2)
+    weight = group.large.weight
+    if (
+        tokens * now < group.terms + kron.FORMING  # not even if nothing were left to do
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == group.small.dtype)
+        or not group.is_plain
+    ):
+        return None
+    small = group.scaled_small
+    known = group.__dict__.get("_products")
+    if known is None or not torch.equal(known[0], small):
+        found = decompose(small)
+        known = (small.clone(), found and found.to(x.dtype))
+        group.__dict__["_products"] = known
+    found = known[1]
+    if found is None or (now - found.products) * tokens < found.products * (
+        group.terms + kron.FORMING
+    ):
+        return None
+    return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
