@@ -7,7 +7,7 @@ from helpers import group_dense
 from krony import KroneckerGroup, kron, tensor_rank
 from krony.tensor_rank import decompose
 
-TOKENS = 200
+TOKENS = 400
 
 
 def make(large=(8, 12), small=(3, 3), terms=4, layout="small-outer", dtype=torch.float64, **more):
@@ -99,6 +99,8 @@ def test_it_is_found_once_and_again_when_the_factors_change(monkeypatch):
         group.large.weight.mul_(2)
         torch.testing.assert_close(group(x), x @ group_dense(group).T, rtol=1e-7, atol=1e-7)
         assert len(found) == 2
+        group.float()(x.float())
+        assert len(found) == 3
     assert list(group.state_dict()) == ["small", "large.weight"]
 
 

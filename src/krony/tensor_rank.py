@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from krony import kron
 
@@ -22,6 +23,8 @@ SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
 EXACT = 1e-9  # relative error, float64
 # Norm of the terms over that of their sum: what rounding is magnified by.
 MOST_CANCELLATION = 3.0
+# What making the sums of large factors costs more in 16 bits, in products, which are faster there.
+NARROW = 4
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,9 @@ def apply(
 def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The product of a `KroneckerGroup` with tokens (..., n), or None where this is no help.
 
-    It helps for plain factors on a CPU outside of autograd, autocast and tracing, and for so many
-    tokens that the sums of large factors are paid for. The decomposition is found at the first such
-    call and kept with the group for as long as its small factors stay the same.
+    It helps for plain factors on a CPU, outside of autograd, autocast, tracing and the counting of
+    operations, for so many tokens that the sums of large factors are paid for. The decomposition is
+    found at the first such call, and kept with the group while its small factors stay the same.
     """
     (m1, n1), (m2, n2) = group.large_shape, group.small_shape
     if min(m2, n2) < 2 or m2 * n2 > MOST_ENTRIES or torch.compiler.is_compiling():
@@ -165,23 +168,23 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
     now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
     tokens, now = x.numel() // x.shape[-1], min(now, m2 * n2)
     weight = group.large.weight
+    forming = (group.terms + kron.FORMING) * (NARROW if x.element_size() == 2 else 1)
     if (
-        tokens * now < group.terms + kron.FORMING  # not even if nothing were left to do
+        tokens * now < forming  # not even if nothing were left to do
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
+        or len(_get_current_dispatch_mode_stack()) > 0
         or not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == group.small.dtype)
         or not group.is_plain
     ):
         return None
     small = group.scaled_small
     known = group.__dict__.get("_products")
-    if known is None or not torch.equal(known[0], small):
+    if known is None or known[0].dtype != small.dtype or not torch.equal(known[0], small):
         found = decompose(small)
         known = (small.clone(), found and found.to(x.dtype))
         group.__dict__["_products"] = known
     found = known[1]
-    if found is None or (now - found.products) * tokens < found.products * (
-        group.terms + kron.FORMING
-    ):
+    if found is None or (now - found.products) * tokens < found.products * forming:
         return None
     return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
