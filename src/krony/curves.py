@@ -60,6 +60,6 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     if len(runs) <= 4:
         axes.legend(frameon=False, fontsize=8)
     else:  # beside the curves, where there is no room between them
-        figure.legend(frameon=False, fontsize=8, loc="outside center right")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(path)
