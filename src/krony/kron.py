@@ -286,12 +286,8 @@ def apply(
     """
     (m1, n1), (terms, m2, n2) = large_shape, small.shape
     lead = x.shape[:-1]
-    if layout == "small-outer":
-        x = x.reshape(-1, n2, n1)
-        offset = None if bias is None else bias.view(m2, m1)
-    else:
-        x = x.reshape(-1, n1, n2).transpose(-1, -2)
-        offset = None if bias is None else bias.view(m1, m2).T
+    x = to_slices(x, (-1, n2, n1), layout)
+    offset = None if bias is None else to_slices(bias, (m2, m1), layout)
     if mix_first:
         mixing = small[0] if terms == 1 else small.transpose(0, 1).reshape(m2 * terms, n2)
         if isinstance(large, Tensor):
@@ -306,9 +302,27 @@ def apply(
         rows = x.reshape(-1, n1)
         rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
         y = mix(mixing, rows.reshape(-1, n2 * terms, m1), offset)
+    return from_slices(y, lead, layout)
+
+
+def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+    """An axis of q·k numbers as q slices, a side of the small factor, of k, one of the large.
+
+    Args:
+        x: (..., q·k). shape: (..., q, k), of the result.
+    """
+    *lead, q, k = shape
+    if layout == "small-outer":
+        return x.reshape(shape)
+    return x.reshape(*lead, k, q).transpose(-1, -2)
+
+
+def from_slices(y: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor:
+    """The inverse of `to_slices` for y (T, q, k): (*lead, q·k)."""
+    _, q, k = y.shape
     if layout == "large-outer":
         y = y.transpose(-1, -2)
-    return y.reshape(*lead, m1 * m2)
+    return y.reshape(*lead, q * k)
 
 
 def add(y: Tensor, bias: Tensor) -> Tensor:

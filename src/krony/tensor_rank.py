@@ -136,13 +136,9 @@ def apply(
     """y = x Wᵀ + bias as `kron.apply` with a plain weight, by K large products."""
     (m1, n1), (terms, products) = large_shape, found.c.shape
     m2, n2 = len(found.u), len(found.v)
-    lead, offset = x.shape[:-1], None
-    if layout == "small-outer":
-        x = x.reshape(-1, n2, n1)
-        offset = None if bias is None else bias.view(m2, m1)
-    else:
-        x = x.reshape(-1, n1, n2).transpose(1, 2)
-        offset = None if bias is None else bias.view(m1, m2).T
+    lead = x.shape[:-1]
+    x = kron.to_slices(x, (-1, n2, n1), layout)
+    offset = None if bias is None else kron.to_slices(bias, (m2, m1), layout)
     if mix_first:  # (m1, R·n1)
         summed = kron.mix(found.c.T, weight.unflatten(1, (terms, n1))).permute(1, 2, 0)
     else:  # (R·m1, n1)
@@ -150,9 +146,7 @@ def apply(
     y = kron.mix(found.v.T, x).transpose(0, 1)  # (K, T, n1)
     y = torch.bmm(y, summed).transpose(0, 1)  # (T, K, m1)
     y = kron.mix(found.u, y, offset)
-    if layout == "large-outer":
-        y = y.transpose(1, 2)
-    return y.reshape(*lead, m1 * m2)
+    return kron.from_slices(y, lead, layout)
 
 
 def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
