@@ -86,6 +86,19 @@ def _compiled(compiler: str) -> Path:
     return path
 
 
+def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:
+    """Whether input and factors are on the CPU (not offloaded, say) in one dtype, and neither
+    autocast would change that nor anything watches or counts the operations on them."""
+    return (
+        x.dtype == small.dtype == weight.dtype
+        and x.is_cpu
+        and small.is_cpu
+        and weight.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and not _get_current_dispatch_mode_stack()
+    )
+
+
 def run(group: Any, x: Tensor) -> Tensor | None:
     """The product of a `KroneckerGroup` with a few tokens (..., n), or None where this is no help.
 
@@ -102,11 +115,8 @@ def run(group: Any, x: Tensor) -> Tensor | None:
     if (
         not 0 < tokens * slices <= MOST_ROWS[x.dtype]
         or (group.terms * m2 * n2 > MOST_ENTRIES and not low_rank)
-        or not x.dtype == small.dtype == weight.dtype
-        or not (small.is_cpu and weight.is_cpu)  # offloaded, say
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        or torch.is_autocast_enabled("cpu")
-        or len(_get_current_dispatch_mode_stack()) > 0
+        or not as_they_are(x, small, weight)
     ):
         return None
     functions = library()

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from krony import kron
+from krony import cpu_kernels, kron
 
 MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
 SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
@@ -166,9 +165,7 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if (
         tokens * now < forming  # not even if nothing were left to do
         or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or len(_get_current_dispatch_mode_stack()) > 0
-        or not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == group.small.dtype)
+        or not cpu_kernels.as_they_are(x, group.small, weight)
         or not group.is_plain
     ):
         return None
