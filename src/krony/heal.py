@@ -150,7 +150,6 @@ def heal(
     # Whatever can't be is found before anything is written:
     settings = _settled(run, settings, resume)
     dtype = settings["dtype"]
-    recipe = replace(recipe, muon=recipe.muon and dtype == "bfloat16")
     objective = Objective(model, parts, teacher, config.temperature)
     stages = [s for s in recipe.stages if _steps(s, config, window) > 0] or [recipe.stages[0]]
     for stage in stages:

@@ -136,8 +136,9 @@ class HealTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
-            # DeepSpeed cuts parameters to pieces that have no axes.
-            recipe = replace(self.recipe, muon=self.recipe.muon and not self.is_deepspeed_enabled)
+            # torch's Muon iterates in bfloat16; DeepSpeed cuts parameters to pieces without axes.
+            usable = self.args.bf16 and not self.is_deepspeed_enabled
+            recipe = replace(self.recipe, muon=self.recipe.muon and usable)
             self.optimizer = make_optimizer(trained, recipe, self.args.learning_rate)
         return self.optimizer
 
