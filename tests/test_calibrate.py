@@ -51,6 +51,15 @@ def test_streamed_moments_are_the_moments(family):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_an_output_matrix_among_the_names_has_its_inputs_either_way():
+    with_gradients, without = (
+        calibration.calibrate(tiny("llama"), WINDOWS, ["lm_head"], gradients=gradients)["lm_head"]
+        for gradients in (True, False)
+    )
+    assert with_gradients.inputs.tokens == without.inputs.tokens == WINDOWS.numel()
+    torch.testing.assert_close(with_gradients.inputs.second, without.inputs.second)
+
+
 def test_shared_inputs_are_collected_once():
     model = tiny("llama")
     found = calibration.calibrate(model, WINDOWS, names(model, "all"), gradients=False)

@@ -264,6 +264,8 @@ def calibrate(
                 hidden = states(inputs_embeds=embedded)
             if gradients:
                 backward_from_samples(hidden, head, vocabulary, generator)
+            elif head in modules.values():
+                head(hidden)  # for its hook alone
             if start == 0:
                 shared.clear()
             if progress is not None:
