@@ -35,7 +35,8 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 if len(runs) <= 4 else 11, 4.5), layout="constrained")
+    crowded = len(runs) > 4
+    figure = Figure(figsize=(11 if crowded else 8, 4.5), layout="constrained")
     axes: Any = figure.subplots()
     for number, (label, curve) in enumerate(runs.items()):
         style = "-" if number < 10 else "--"  # there are ten colours
@@ -57,9 +58,8 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     axes.set_ylabel("nats a token" if len(runs) == 1 else "held-out loss, nats a token")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if len(runs) <= 4:
-        axes.legend(frameon=False, fontsize=8)
-    else:  # beside the curves, where there is no room between them
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    # Beside the curves where there is no room between them.
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if crowded else {}
+    axes.legend(frameon=False, fontsize=8, **place)
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(path)

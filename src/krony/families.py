@@ -199,11 +199,14 @@ def states_and_head(
     ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
     model.eval()
     wanted = forward(model, input_ids=ids, use_cache=False).logits
-    short = head is not None and model.base_model is not model
-    if short and torch.allclose(head(states(input_ids=ids)), wanted, rtol=1e-3, atol=1e-3):
-        model.train(was_training)
-        return states, head
+    short = (
+        head is not None
+        and model.base_model is not model
+        and torch.allclose(head(states(input_ids=ids)), wanted, rtol=1e-3, atol=1e-3)
+    )
     model.train(was_training)
+    if short:
+        return states, head
     return (lambda **inputs: forward(model, **inputs, use_cache=False).logits), nn.Identity()
 
 

@@ -272,12 +272,11 @@ def _pair(
     originals = {name: dense.get_submodule(name) for name in stage}
     followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
     found: dict[str, _Pairing] = {}
-    known = list(after)
+    outputs: dict[str, Tensor] = {}
+    first = not after
     for number, (here, there) in enumerate(zip(dense_hidden, hidden, strict=True)):
-        if lift and known:
-            outputs: dict[str, Tensor] = {}
-        else:
-            with calibrate.captured(originals, outputs=True, stop=bool(known)) as outputs:
+        if first or not lift:
+            with calibrate.captured(originals, outputs=True, stop=not first) as outputs:
                 after.append(stream.run(index, dense, here))
         with (
             calibrate.captured(followed, outputs=True) as current,
