@@ -70,6 +70,13 @@ def test_kl_to_itself_is_zero_and_never_negative(parts):
     assert losses.forward_kl(head(hidden), teacher(known)).item() > 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradient_of_kl_is_that_of_its_definition(temperature):
+    z, teacher = 3 * torch.randn(2, 4, 9, dtype=torch.float64)
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: losses.forward_kl(z, teacher, temperature), z)
+
+
 def test_feature_error_is_a_share_of_the_variance():
     wanted = [torch.randn(4, 5, 8) + 3, 10 * torch.randn(4, 5, 8)]
     assert losses.feature_error(wanted, wanted).item() == 0

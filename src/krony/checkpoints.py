@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from krony import modeling  # noqa: F401  registers the loader
+from krony.activations import fuse
 from krony.errors import KronyError
 
 DEMO = "demo"
@@ -78,6 +79,7 @@ def load_model(
         if isinstance(error, KronyError):
             raise
         raise KronyError(_load_message(str(source), error)) from error
+    fuse(model)
     if device is not None:
         model = model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()

@@ -19,6 +19,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from krony.activations import fuse, restore
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.packing import Quantised, StoredLinear, tensors
@@ -146,6 +147,7 @@ class KroneckerQuantizer(HfQuantizer):
                 weight = module.weight.dequantize()
                 dense = plain_layer(weight, module.bias, entry.conv1d)
                 model.set_submodule(entry.name, dense)
+        restore(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
@@ -188,6 +190,7 @@ def _within(name: str, parents: list[str]) -> bool:
 
 def attach(model: Any, config: KroneckerConfig) -> None:
     """Mark a model whose modules are factored, so that saving and folding know about it."""
+    fuse(model)
     # Models made from one configuration object share it: without a copy of its own, this model
     # would make its dense siblings look factored.
     shared, own = model.config, copy.copy(model.config)
