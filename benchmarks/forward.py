@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krony import evaluate
+from krony.activations import TanhGELU
 from krony.checkpoints import write_file, write_json
 from krony.layers import KroneckerGroup, KroneckerLinear
 
@@ -102,11 +103,12 @@ Layers = list[tuple[nn.Module, nn.Module]]
 
 def stack(layers: Layers) -> Callable[[Tensor], Tensor]:
     """Distinct MLPs one after the other, with the residual stream of a transformer."""
+    activation = TanhGELU(nn.GELU)
 
     def run(x: Tensor) -> Tensor:
         y = x
         for up, down in layers:
-            y = y + down(F.gelu(up(x), approximate="tanh"))
+            y = y + down(activation(up(x)))
         return y
 
     return run

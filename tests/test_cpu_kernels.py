@@ -43,7 +43,7 @@ def calls(monkeypatch):
     def counting(function):
         return lambda *arguments: made.append(1) or function(*arguments)
 
-    counted = {dtype: counting(function) for dtype, function in functions.items()}
+    counted = {key: counting(function) for key, function in functions.items()}
     monkeypatch.setattr(cpu_kernels, "library", lambda: counted)
     monkeypatch.setattr(cpu_kernels, "MOST_ROWS", dict.fromkeys(cpu_kernels.NAMES, 10_000))
     return made
@@ -95,8 +95,8 @@ def test_the_number_of_threads_changes_no_bit():
 @compiled
 def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
     lengths, functions = [], dict(cpu_kernels.library())
-    plain = functions[torch.float32]
-    functions[torch.float32] = lambda *a: lengths.append(a[5]) or plain(*a)
+    plain = functions["decode", torch.float32]
+    functions["decode", torch.float32] = lambda *a: lengths.append(a[5]) or plain(*a)
     monkeypatch.setattr(cpu_kernels, "library", lambda: functions)
     layer = KroneckerLinear(40, 36, [KroneckerGroup((18, 20), (2, 2)), group((36, 1), (1, 40), 3)])
     for tokens in (0, 1, 8, 9, 17):
@@ -125,6 +125,43 @@ def test_what_it_leaves_to_torch():
     torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
 
 
+@compiled
+@pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
+@pytest.mark.parametrize("shape", [(0,), (1,), (15,), (3, 7), (33, 1001)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gelu_is_right_to_the_last_digits(shape, dtype, threads):
+    x = (4 * torch.randn(shape)).to(dtype)
+    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = cpu_kernels.gelu(x)
+    finally:
+        torch.set_num_threads(before)
+    if dtype == torch.bfloat16:
+        # Rounded once, so nearly always the nearest; far below, what is left has few digits.
+        other = found != wanted.to(dtype)
+        assert other[x > -6].sum() <= 1 + 1e-3 * x.numel()
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@compiled
+def test_gelu_of_what_is_no_ordinary_number():
+    special = torch.tensor([float("nan"), float("inf"), 0.0, 1e30, -1e3])
+    for dtype in cpu_kernels.NAMES:
+        found = cpu_kernels.gelu(special.to(dtype))
+        assert found[0].isnan()
+        torch.testing.assert_close(found[1:4].float(), special[1:4], rtol=1e-2, atol=0)
+        assert abs(found[4]) < 1e-30
+    columns = torch.randn(6, 5).T
+    torch.testing.assert_close(
+        cpu_kernels.gelu(columns), torch.nn.functional.gelu(columns, approximate="tanh")
+    )
+    with torch.enable_grad():
+        assert cpu_kernels.gelu(torch.ones(3, requires_grad=True)) is None
+    assert cpu_kernels.gelu(torch.ones(3, dtype=torch.float64)) is None
+
+
 def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = cpu_kernels.library.__wrapped__
@@ -142,6 +179,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
     assert cpu_kernels.run(made, x) is None
+    assert cpu_kernels.gelu(x) is None
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,5 @@
-/* The factored product for a few tokens on a CPU, one pass over the large factor.
+/* The factored product for a few tokens on a CPU, one pass over the large factor; at the end, the
+ * activation between two of them.
  *
  *     y = x W',   W = sum over r of B_r (x) A_r   (or A_r (x) B_r)
  *
@@ -17,6 +18,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 8 }; /* numbers in a register, and rows of w in one kernel call */
 #elif defined(__AVX__)
@@ -26,10 +31,12 @@ enum { LANES = 4, ROWS = 8 };
 #endif
 /* Rows of z in one kernel call; rows of w in a thread's piece of work; slices mixed together. */
 enum { MOST = 3, CHUNK = 64, SLICES = 4 };
+enum { SHARED = 1 << 15 }; /* numbers from which an element-wise loop is shared among threads */
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
 
 static inline float total(Vector v) { /* by quarters: few steps, none of them through memory */
@@ -42,9 +49,37 @@ static inline float total(Vector v) { /* by quarters: few steps, none of them th
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+/* Where the mask is set (all bits of a lane) `yes`, elsewhere `no`. */
+static inline Words chosen(Mask where, Words yes, Words no) {
+    return ((Words)where & yes) | (~(Words)where & no);
+}
+static inline Vector constant(float v) { return (Vector){0} + v; }
+
+/* e to the power of v, for 16 digits of base 2 more than bfloat16 has; v is held within +-87. */
+static inline Vector exponential(Vector v) {
+    v = (Vector)chosen(v < -87.0f, (Words)constant(-87.0f), (Words)v);
+    v = (Vector)chosen(v > 87.0f, (Words)constant(87.0f), (Words)v);
+    /* v = k log 2 + r; adding 1.5 * 2^23 rounds, and leaves k in the low bits. */
+    Vector shifted = v * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
+    Vector r = v - k * 0.693359375f + k * 2.12194440e-4f;
+    Vector sum = r * (1.0f / 5040) + (1.0f / 720); /* of the series, |r| < 0.35 */
+    sum = sum * r + (1.0f / 120);
+    sum = sum * r + (1.0f / 24);
+    sum = sum * r + (1.0f / 6);
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    return sum * (Vector)(((Words)shifted << 23) + 0x3f800000u);
+}
+
+static inline Vector gelu(Vector v) { /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) */
+    return v / (1.0f + exponential(v * (-1.59576912f - 0.0713548163f * v * v)));
+}
+
 static inline float read_float(const float *p) { return *p; }
 static inline Vector load_float(const float *p) { return *(const Vector *)p; }
 static inline void write_float(float *p, float v) { *p = v; }
+static inline void store_float(float *p, Vector v) { *(Vector *)p = v; }
 
 static inline float read_bfloat16(const uint16_t *p) {
     uint32_t bits = (uint32_t)*p << 16;
@@ -59,6 +94,14 @@ static inline void write_bfloat16(uint16_t *p, float v) { /* to the nearest, tie
     uint32_t bits;
     memcpy(&bits, &v, 4);
     *p = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+static inline void store_bfloat16(uint16_t *p, Vector v) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    return;
+#endif
+    Words bits = (Words)v, even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(Halves *)p = __builtin_convertvector(chosen(v == v, even, (Words){0} + 0x7fc0), Halves);
 }
 
 #define NUMBER float
@@ -256,6 +299,22 @@ int NAME(decode)(const NUMBER *x, const NUMBER *small, const int32_t *order, con
     }
     free(memory);
     return 0;
+}
+
+/* y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) for `count` numbers. */
+void NAME(gelu)(const NUMBER *x, NUMBER *y, long count, int threads) {
+    long whole = count / LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count >= SHARED)
+    for (long i = 0; i < whole; i++) {
+        Vector v = NAME(load)(x + i * LANES);
+        NAME(store)(y + i * LANES, gelu(v));
+    }
+    if (whole * LANES == count) return;
+    NUMBER rest[LANES] = {0};
+    memcpy(rest, x + whole * LANES, (count - whole * LANES) * sizeof(NUMBER));
+    Vector v = NAME(load)(rest);
+    NAME(store)(rest, gelu(v));
+    memcpy(y + whole * LANES, rest, (count - whole * LANES) * sizeof(NUMBER));
 }
 
 #endif
