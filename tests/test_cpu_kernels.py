@@ -127,6 +127,30 @@ def test_what_it_leaves_to_torch():
 
 @compiled
 @pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "p", "q", "k"), [(0, 2, 2, 16), (1, 1, 4, 17), (7, 4, 1, 33), (40, 5, 3, 900)]
+)
+def test_slices_of_many_tokens_are_mixed(tokens, p, q, k, with_bias, apart, dtype):
+    x, mixing = torch.randn(tokens, q, k).to(dtype), torch.randn(p, q).to(dtype)
+    bias = torch.randn(p, k).to(dtype) if with_bias else None
+    wanted = mixing.double() @ x.double() + (bias.double() if with_bias else 0)
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5}
+    for lying in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        found = cpu_kernels.mix(mixing, lying, bias, apart)
+        assert found.shape == wanted.shape
+        assert found.transpose(0, 1).is_contiguous() if apart else found.is_contiguous()
+        torch.testing.assert_close(found.double(), wanted, **close)
+    scattered = x.repeat_interleave(2, -1)[..., ::2]
+    assert cpu_kernels.mix(mixing, scattered, bias, apart) is None
+    assert cpu_kernels.mix(mixing.double(), x, bias, apart) is None
+    with torch.enable_grad():
+        assert cpu_kernels.mix(mixing, x, bias, apart) is None
+
+
+@compiled
+@pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
 @pytest.mark.parametrize("shape", [(0,), (1,), (15,), (3, 7), (33, 1001)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gelu_is_right_to_the_last_digits(shape, dtype, threads):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCE = Path(__file__).with_name("decode.c").read_text(encoding="utf-8")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 60  # that compiling may take
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
@@ -29,11 +29,14 @@ SECONDS = 60  # that compiling may take
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 # Of small factors, which are applied in plain loops.
 MOST_ENTRIES = 2**16
+# The same for many tokens, where BLAS would do; and slices that are worth a loop.
+MOST_MIXED, LEAST_SLICE = 64, 16
 # How the names of the functions end.
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
     "decode": [_POINTER] * 5 + [_SIZE] * 6 + [_FLAG] * 3,
+    "mix_many": [_POINTER] * 4 + [_SIZE] * 8 + [_FLAG],
     "gelu": [_POINTER] * 2 + [_SIZE, _FLAG],
 }
 
@@ -75,14 +78,15 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
 
 def _compiled(compiler: str) -> Path:
     """The library's file, compiled if it is not there. Raises `OSError`, `SubprocessError`."""
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, processor()]
+    parts = [SOURCE, *FLAGS, compiler, processor()]
     path = cache() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        made, source = Path(folder) / path.name, Path(folder) / "decode.c"
+        source.write_text(SOURCE, encoding="utf-8")
+        command = [compiler, *FLAGS, "-o", str(made), str(source)]
         subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
         os.replace(made, path)
     return path
@@ -147,6 +151,38 @@ def run(group: Any, x: Tensor) -> Tensor | None:
     )
     if failed:
         raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
+    return y
+
+
+def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor | None:
+    """`kron.mix`, or None where this is no help.
+
+    It helps on a CPU, for small factors with few entries, outside of autograd, autocast and
+    tracing: a product of tiny matrices for every token takes BLAS several times as long.
+    """
+    tokens, q, k = x.shape
+    p = len(mixing)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
+        return None
+    if (
+        p * q > MOST_MIXED
+        or k < LEAST_SLICE
+        or x.stride(2) != 1
+        or torch.is_grad_enabled()
+        or not as_they_are(x, mixing, mixing if bias is None else bias)
+        or (functions := library()) is None
+    ):
+        return None
+    mixing, bias = mixing.float().contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
+    functions["mix_many", x.dtype](
+        x.data_ptr(),
+        mixing.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        *(tokens, p, q, k, *x.stride()[:2], *y.stride()[:2]),
+        torch.get_num_threads(),
+    )
     return y
 
 

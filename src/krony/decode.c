@@ -301,6 +301,49 @@ int NAME(decode)(const NUMBER *x, const NUMBER *small, const int32_t *order, con
     return 0;
 }
 
+/* y[t, i, :] = bias[i, :] + sum over j of b[i, j] x[t, j, :], for i < together, a constant here. */
+static inline __attribute__((always_inline)) void NAME(blend)(
+    const float *b, long q, const NUMBER *x, long slice, const NUMBER *bias, NUMBER *y, long apart, long k,
+    int together) {
+    long a = 0;
+    for (; a + LANES <= k; a += LANES) {
+        Vector sum[SLICES];
+        for (int i = 0; i < together; i++)
+            sum[i] = bias ? NAME(load)(bias + i * k + a) : (Vector){0};
+        for (long j = 0; j < q; j++) {
+            Vector of = NAME(load)(x + j * slice + a);
+            for (int i = 0; i < together; i++) sum[i] += b[i * q + j] * of;
+        }
+        for (int i = 0; i < together; i++) NAME(store)(y + i * apart + a, sum[i]);
+    }
+    for (; a < k; a++)
+        for (int i = 0; i < together; i++) {
+            float sum = bias ? NAME(read)(bias + i * k + a) : 0;
+            for (long j = 0; j < q; j++) sum += b[i * q + j] * NAME(read)(x + j * slice + a);
+            NAME(write)(y + i * apart + a, sum);
+        }
+}
+
+/* The slices of many tokens mixed: x (tokens, q, k), b (p, q), bias (p, k) or NULL, y (tokens, p, k);
+ * tokens and slices of x and y may lie any way, `x_token` and so on apart. */
+void NAME(mix_many)(const NUMBER *x, const float *b, const NUMBER *bias, NUMBER *y, long tokens, long p,
+                    long q, long k, long x_token, long x_slice, long y_token, long y_slice, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tokens * p * k >= SHARED)
+    for (long t = 0; t < tokens; t++) {
+        const NUMBER *from = x + t * x_token, *add = bias;
+        for (long i = 0; i < p;) {
+            NUMBER *to = y + t * y_token + i * y_slice;
+            int together = i + SLICES <= p ? SLICES : p - i;
+            if (together == 4) NAME(blend)(b + i * q, q, from, x_slice, add, to, y_slice, k, 4);
+            if (together == 3) NAME(blend)(b + i * q, q, from, x_slice, add, to, y_slice, k, 3);
+            if (together == 2) NAME(blend)(b + i * q, q, from, x_slice, add, to, y_slice, k, 2);
+            if (together == 1) NAME(blend)(b + i * q, q, from, x_slice, add, to, y_slice, k, 1);
+            i += together;
+            if (add) add += together * k;
+        }
+    }
+}
+
 /* y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) for `count` numbers. */
 void NAME(gelu)(const NUMBER *x, NUMBER *y, long count, int threads) {
     long whole = count / LANES;

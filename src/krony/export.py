@@ -201,6 +201,7 @@ class {name}(transformers.{name}):
         """No: what transformers converts for this class, by its name, is to be converted."""
         return False
 '''
+_FILE = re.compile(r"Path\(__file__\)\.with_name\(\"(.+)\"\)\.read_text\(encoding=\"utf-8\"\)")
 _IMPORT = re.compile(r"^from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
 
 
@@ -222,7 +223,7 @@ def _needed(module: str) -> set[str]:
 
 
 def _detached(module: str) -> str:
-    """A module's source with relative imports, and without scipy."""
+    """A module's source with relative imports, without scipy, and with the text of files in it."""
 
     def relative(match: re.Match[str]) -> str:
         inner, names = match.groups()
@@ -233,4 +234,7 @@ def _detached(module: str) -> str:
     # Only new factors need scipy, which such a directory never makes.
     optional = "try:\n    import scipy.linalg\nexcept ImportError:\n    scipy = None"
     source = _IMPORT.sub(relative, _source(module))
+    # transformers copies no other files than those of Python.
+    folder = Path(__file__).parent
+    source = _FILE.sub(lambda m: repr((folder / m[1]).read_text(encoding="utf-8")), source)
     return re.sub(r"^import scipy\.linalg$", optional, source, flags=re.MULTILINE)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from krony import cpu_kernels
 from krony.errors import KronyError
 
 Layout = Literal["small-outer", "large-outer"]
@@ -336,8 +337,16 @@ def add(y: Tensor, bias: Tensor) -> Tensor:
     return y.add_(bias)
 
 
-def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """mixing (p, q) times x (T, q, k), plus a bias (p, k), by the cheapest call for that."""
+def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = False) -> Tensor:
+    """mixing (p, q) times x (T, q, k), plus a bias (p, k), by the cheapest call for that.
+
+    Args:
+        apart: each of the p slices is wanted in one piece of memory; a wish.
+    Returns:
+        (T, p, k).
+    """
+    if (found := cpu_kernels.mix(mixing, x, bias, apart)) is not None:
+        return found
     tokens, q, k = x.shape
     if k == 1:  # the low-rank corner: an ordinary linear map
         offset = None if bias is None else bias.squeeze(-1)

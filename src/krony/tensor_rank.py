@@ -139,10 +139,10 @@ def apply(
     x = kron.to_slices(x, (-1, n2, n1), layout)
     offset = None if bias is None else kron.to_slices(bias, (m2, m1), layout)
     if mix_first:  # (m1, R·n1)
-        summed = kron.mix(found.c.T, weight.unflatten(1, (terms, n1))).permute(1, 2, 0)
+        summed = kron.mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
     else:  # (R·m1, n1)
         summed = (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT
-    y = kron.mix(found.v.T, x).transpose(0, 1)  # (K, T, n1)
+    y = kron.mix(found.v.T, x, apart=True).transpose(0, 1)  # (K, T, n1)
     y = torch.bmm(y, summed).transpose(0, 1)  # (T, K, m1)
     y = kron.mix(found.u, y, offset)
     return kron.from_slices(y, lead, layout)
