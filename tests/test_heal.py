@@ -19,7 +19,7 @@ from krony.heal import HealConfig, heal
 from krony.losses import PARTS
 from krony.objective import Objective, returning_loss
 from krony.optimizers import parameter_groups
-from krony.recipe import RECIPES
+from krony.recipe import RECIPES, Recipe
 from krony.training import COMPLETE, HealTrainer, Stopped, last_checkpoint
 
 WINDOW = 16
@@ -341,6 +341,27 @@ def test_the_paper_recipe_has_two_stages(tmp_path):
     tokens = [point["tokens"] for point in record.curve]
     assert tokens == sorted(tokens)
     assert (tmp_path / "run" / "stage-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "middle", "last"), [("default", 0.5, 0.0), ("krony-pt", 0.55, 0.1)]
+)
+def test_learning_rates_fall_on_a_line_or_a_cosine(recipe, middle, last, tmp_path, monkeypatch):
+    steps, logs = 100, []
+    stage = RECIPES[recipe](32, CONFIG.tokens).stages[0]
+    stage = replace(stage, learning_rate=1.0, warmup=0, share=1.0)
+    monkeypatch.setitem(RECIPES, recipe, lambda *_: Recipe((stage,)))
+    monkeypatch.setattr(krony.curves, "points", lambda log, *_: logs.extend(log) or [])
+    config = replace(CONFIG, recipe=recipe, tokens=WINDOW * steps, batch_tokens=WINDOW)
+    train(small()[0], config, tmp_path / "run")
+    rates = [entry["learning_rate"] for entry in logs if "learning_rate" in entry]
+    assert len(rates) == steps
+    assert rates[0] == pytest.approx(1, abs=0.02)
+    assert rates[50] == pytest.approx(middle, abs=0.02)
+    assert rates[-1] == pytest.approx(last, abs=0.02)
+    # The line falls evenly, the cosine less at its beginning.
+    fallen = (rates[0] - rates[25]) / (rates[0] - rates[50])
+    assert fallen == pytest.approx(0.5 if recipe == "default" else 0.29, abs=0.02)
 
 
 def test_groups_of_parameters(gpt2):

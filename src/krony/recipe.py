@@ -19,13 +19,14 @@ class Stage:
     Attributes:
         share: of the run's tokens.
         batch_tokens: in an optimiser step.
-        learning_rate: after the warm-up; its cosine ends at `final` times that.
+        learning_rate: after the warm-up.
+        final: times the learning rate, where its cosine ends; None: a line to zero instead.
         warmup: steps, but at most a tenth of the stage.
     """
 
     batch_tokens: int
     learning_rate: float
-    final: float = 0.1
+    final: float | None = 0.1
     warmup: int = 500
     share: float = 1.0
 
@@ -70,10 +71,8 @@ def default(width: int, tokens: int) -> Recipe:
     About two thousand steps of 512 to 122k tokens; the learning rate falls with the model's width.
     """
     batch = min(max(tokens // 2000, 512), 122_880)
-    rate = 1e-3 if batch < 1024 else 1.5e-3
-    return Recipe(
-        stages=(Stage(batch, rate * 256 / width, 0.0, 50),), betas=(0.9, 0.99), decay=0.0, muon=True
-    )
+    stage = Stage(batch, 1.5e-3 * 256 / width, None, 50)
+    return Recipe((stage,), betas=(0.9, 0.99), decay=0.0, muon=True)
 
 
 def lora(width: int, tokens: int) -> Recipe:
