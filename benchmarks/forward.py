@@ -10,7 +10,7 @@ python benchmarks/forward.py [--threads 1 2] [--tokens 1 8 128 1024] [--dtypes f
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,10 @@ def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return torch.compile(run)
 
 
-def rivals(scheme: str, layers: int, dtype: torch.dtype) -> dict[str, Layers]:
-    """The dense layers, ours, and the same factors run in every other way."""
+def rivals(
+    scheme: str, layers: int, dtype: torch.dtype, ways: Sequence[str] = tuple(WAYS)
+) -> dict[str, Layers]:
+    """The dense layers, ours, and the same factors run in other ways."""
     torch.manual_seed(0)
     dense: Layers = [
         (nn.Linear(MODEL, HIDDEN).to(dtype), nn.Linear(HIDDEN, MODEL).to(dtype))
@@ -134,8 +136,8 @@ def rivals(scheme: str, layers: int, dtype: torch.dtype) -> dict[str, Layers]:
     ]
     ours = [[layer.to(dtype) for layer in factored_pair(*SCHEMES[scheme])] for _ in range(layers)]
     every: dict[str, Layers] = {"dense": dense, "krony": [(up, down) for up, down in ours]}
-    for name, way in WAYS.items():
-        every[name] = [(Rival(up, way), Rival(down, way)) for up, down in ours]
+    for name in ways:
+        every[name] = [(Rival(up, WAYS[name]), Rival(down, WAYS[name])) for up, down in ours]
     return every
 
 
@@ -187,7 +189,7 @@ def table(rows: list[dict[str, Any]], what: str, threads: int, dtype: str) -> st
         if not cells:
             continue
         ours = " | ".join(f"{cells[t]['krony']['ratio']:.2f}x" for t in tokens)
-        if "formed" not in cells[tokens[0]]:  # compiled, without the other ways
+        if "formed" not in cells[tokens[0]]:  # without the other ways
             lines.append(f"| {scheme} | {ours} | | | |")
             continue
         best = ", ".join(
@@ -235,6 +237,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--what", nargs="+", default=["stack", "one"], choices=["stack", "one"])
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each cell")
     parser.add_argument("--rounds", type=int, default=5, help="at least, for each cell")
@@ -244,7 +247,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for scheme in arguments.schemes:
-            every = rivals(scheme, arguments.layers, DTYPES[dtype])
+            ways = () if arguments.compile else arguments.ways
+            every = rivals(scheme, arguments.layers, DTYPES[dtype], ways)
             for module in {m for layers in every.values() for pair in layers for m in pair}:
                 module.to(device)
             for threads in arguments.threads:
@@ -255,7 +259,7 @@ def main() -> None:
                         x = torch.randn(tokens, MODEL).to(device, DTYPES[dtype])
                         runs = {name: make(layers) for name, layers in every.items()}
                         if arguments.compile:
-                            runs = {name: compiled(runs[name]) for name in ("dense", "krony")}
+                            runs = {name: compiled(run) for name, run in runs.items()}
                         taken = seconds(runs, x, arguments.seconds, arguments.rounds)
                         cell = {
                             "dtype": dtype,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import group_dense
-from krony import KroneckerGroup, kron, tensor_rank
+from krony import KroneckerGroup, cpu_kernels, kron, tensor_rank
 from krony.tensor_rank import decompose
 
 TOKENS = 400
@@ -123,10 +123,24 @@ def test_where_it_stays_out():
     assert not used(make())  # gradients may be wanted
 
 
-def test_what_a_token_must_save():
+@pytest.mark.parametrize(
+    ("dtype", "compiled", "least"),
+    [
+        (torch.float32, True, 15),
+        (torch.bfloat16, True, 35),
+        (torch.float64, True, 55),
+        (torch.float32, False, 55),
+        (torch.bfloat16, False, 220),
+    ],
+)
+def test_what_a_token_must_save(dtype, compiled, least, monkeypatch):
     """From the tokens on from which sums of large factors cost less than they save."""
-    group = make((64, 48))
+    if compiled and cpu_kernels.library() is None:
+        pytest.skip("needs a C compiler")
+    if not compiled:
+        monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    group = make((64, 48)).to(dtype)
     assert kron.multiply_adds((64, 48), (3, 3), 4, group.mix_first) > 12 * 64 * 48
     with torch.no_grad():
-        ways = [tensor_rank.run(group, torch.randn(t, 144).double()) is None for t in (20, 60)]
-    assert ways == [True, False]
+        xs = [torch.randn(tokens, 144).to(dtype) for tokens in (least - 1, least)]
+        assert [tensor_rank.run(group, x) is None for x in xs] == [True, False]

@@ -22,8 +22,9 @@ SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
 EXACT = 1e-9  # relative error, float64
 # Norm of the terms over that of their sum: what rounding is magnified by.
 MOST_CANCELLATION = 3.0
-# What making the sums of large factors costs more in 16 bits, in products, which are faster there.
-NARROW = 4
+# Multiply-adds that a product could do for each entry of a sum of large factors while that is made,
+# in float32 and in 16 bits: in decode.c, and by torch.
+SUMMING = {True: (12, 28), False: (44, 176)}
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,10 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
     now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
     tokens, now = x.numel() // x.shape[-1], min(now, m2 * n2)
     weight = group.large.weight
-    forming = (group.terms + kron.FORMING) * (NARROW if x.element_size() == 2 else 1)
+    in_c = x.dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
+    summing = SUMMING[in_c][x.element_size() == 2]
     if (
-        tokens * now < forming  # not even if nothing were left to do
+        tokens * now < summing  # not even if nothing were left to do
         or torch.is_grad_enabled()
         or not cpu_kernels.as_they_are(x, group.small, weight)
         or not group.is_plain
@@ -176,6 +178,6 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         known = (small.clone(), found and found.to(x.dtype))
         group.__dict__["_products"] = known
     found = known[1]
-    if found is None or (now - found.products) * tokens < found.products * forming:
+    if found is None or (now - found.products) * tokens < found.products * summing:
         return None
     return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
