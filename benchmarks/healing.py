@@ -25,6 +25,7 @@ from krony.docstrings import installed, python_docstrings
 from krony.factorise import DATA
 from krony.limits import parse_count
 from krony.recipe import RECIPES, Recipe, Stage
+from krony.speed import keep_memory
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
@@ -130,6 +131,7 @@ def held_out_docstrings(work: Path) -> data.Text:
 
 def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     """Start, heal, measure on both held-out texts, and write the cell's JSON."""
+    keep_memory()
     tokenizer = krony.load_tokenizer("demo")
     model = started(cell.start, work)
     texts = {"topics": data.load_text("python-docs"), "docstrings": held_out_docstrings(work)}

@@ -25,7 +25,7 @@ from krony import activations, evaluate
 from krony.checkpoints import write_json
 from krony.layers import KroneckerLinear
 from krony.objective import Objective, returning_loss
-from krony.speed import fastest_dtype, flops_per_token, peak_bytes
+from krony.speed import fastest_dtype, flops_per_token, keep_memory, peak_bytes
 
 # Whether A is first, as in the paper.
 KRON_KINDS = {"torch.kron": True, "torch.kron, B first": False}
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_memory()  # as krony heal does, for all kinds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.only:
         step = Step(arguments.only, arguments, arguments.dtype, device)

@@ -28,6 +28,7 @@ from krony.cli_options import (
     progress_bar,
 )
 from krony.errors import KronyError
+from krony.speed import keep_memory
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -100,6 +101,7 @@ def evaluate_command(
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity on a text, token-weighted, with its protocol."""
+    keep_memory()
     text = data.load_text(data_name)
     results = {}
     for name in [source] if against is None else [source, against]:

@@ -8,6 +8,7 @@ import typer
 from krony import checkpoints, tables
 from krony.bench import bench
 from krony.cli_options import Device, Dtype, JsonFile, Source, out, progress_bar
+from krony.speed import keep_memory
 
 
 def bench_command(
@@ -28,6 +29,7 @@ def bench_command(
     json_file: JsonFile = None,
 ) -> None:
     """Speed, memory and bytes of a model against the dense one, and against the machine."""
+    keep_memory()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar() as bar:
         task = bar.add_task("load", total=None)

@@ -21,6 +21,7 @@ from krony.heal import HealConfig, HealRecord, heal
 from krony.limits import parse_count
 from krony.modeling import config_of
 from krony.recipe import RECIPES
+from krony.speed import keep_memory
 
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
 DEFAULT_RECIPE = RecipeName("default")
@@ -91,6 +92,7 @@ def heal_command(
     seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
 ) -> None:
     """Train a compressed model on; with --teacher towards the dense model's predictions."""
+    keep_memory()
     state = _processes(device)
     checkpoints.check_destination(destination)
     run = destination.with_name(destination.name + ".run")

@@ -1,5 +1,6 @@
-"""What a training step costs, and what the device is best at."""
+"""What a training step costs, what the device is best at, and memory that is not given back."""
 
+import ctypes
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,27 @@ def fastest_dtype(device: torch.device) -> str:
             repeats.append(time.perf_counter() - start)
         seconds[dtype] = min(repeats)
     return "bfloat16" if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else "float32"
+
+
+# Of glibc's malloc.h: the size from which memory is asked of the system for one block alone, what
+# may lie free at the end of the heap, and what is asked for beyond what is needed.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+
+
+def keep_memory() -> bool:
+    """From now on this process keeps freed memory for the next tensor; whether it can be told so.
+
+    glibc gives blocks of over 32 MB back and asks for them again: a fresh page costs more than a
+    sum over it, and the activations and logits of every step are such blocks. For commands that run
+    the same sizes again and again; a program of others decides that for itself.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    most = 2**31 - 1
+    kept = mallopt(_MMAP_THRESHOLD, most) and mallopt(_TRIM_THRESHOLD, most)
+    return bool(kept and mallopt(_TOP_PAD, 2**26))
 
 
 def flops_per_token(model: PreTrainedModel, objective: Objective, window: int) -> float:
