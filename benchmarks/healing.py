@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,8 +194,8 @@ def summary(folder: Path) -> None:
             f"| {r['before']['topics']:,.1f} | {r['after']['topics']:.2f} "
             f"| {r['against_dense']['topics']:.3f}x | {r['against_dense']['docstrings']:.3f}x |"
         )
-    most = max(r["tokens"] for r in records)
-    runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == most and r["seed"] == 0}
+    ((tokens, _),) = Counter(r["tokens"] for r in records).most_common(1)
+    runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == tokens and r["seed"] == 0}
     # Those far behind would leave no room for the others.
     last = {name: curve[-1]["held_out"] for name, curve in runs.items()}
     runs = {name: curve for name, curve in runs.items() if last[name] < min(last.values()) + 1}

@@ -18,6 +18,7 @@ import krony
 from krony import activations, bench, evaluate, info
 from krony.checkpoints import DTYPES, write_json
 from krony.runtimes import Runner
+from krony.speed import keep_memory
 from krony.tables import times
 
 # As transformers runs it, with the activation in eight operations; the others have it in one.
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
     arguments = parser.parse_args()
+    keep_memory()  # as krony bench does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = dict.fromkeys([REFERENCE, *arguments.models])
     context = max(arguments.prefill, bench.PROMPT + arguments.new)
