@@ -107,7 +107,8 @@ def contained(tmp_path_factory):
 def test_it_runs_where_krony_is_not_installed(name, contained):
     root, expected = contained
     found = torch.load(root / f"{name}.pt", weights_only=True)
-    assert torch.equal(found, expected[name])
+    # But for rounding: krony itself takes several terms by fewer products (kernels.py).
+    torch.testing.assert_close(found, expected[name])
     assert {p.suffix for p in (root / name).iterdir()} == {".py", ".json", ".safetensors"}
 
 
