@@ -246,10 +246,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()  # else the times are those of fresh pages, of whichever model comes first
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    ways = () if arguments.compile else arguments.ways
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for scheme in arguments.schemes:
-            ways = () if arguments.compile else arguments.ways
             every = rivals(scheme, arguments.layers, DTYPES[dtype], ways)
             for module in {m for layers in every.values() for pair in layers for m in pair}:
                 module.to(device)

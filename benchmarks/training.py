@@ -26,11 +26,10 @@ from krony.checkpoints import write_json
 from krony.layers import KroneckerLinear
 from krony.objective import Objective, returning_loss
 from krony.speed import fastest_dtype, flops_per_token, keep_memory, peak_bytes
+from model import STOCK
 
 # Whether A is first, as in the paper.
 KRON_KINDS = {"torch.kron": True, "torch.kron, B first": False}
-# As transformers runs it, with the activation in eight operations; the others have it in one.
-STOCK = "dense, transformers' activation"
 KINDS = ("dense", STOCK, "factored", *KRON_KINDS)
 
 

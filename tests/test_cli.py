@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import healing_inputs, logits, tiny
 from krony import KroneckerLinear, load_tokenizer, save_model
+from krony.activations import fuse
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def test_export_dense(compressed, run, tmp_path):
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     assert not any(isinstance(m, KroneckerLinear) for m in model.modules())
     factored = hf.AutoModelForCausalLM.from_pretrained(compressed).eval()
-    torch.testing.assert_close(logits(model), logits(factored), rtol=1e-5, atol=5e-5)
+    fuse(model)  # the factored model's activation, which rounds in another way
+    torch.testing.assert_close(logits(model), logits(factored), rtol=1e-5, atol=1e-5)
     assert (tmp_path / "dense" / "tokenizer.json").is_file()
     code, _, err = run("export", tmp_path / "dense", tmp_path / "again")
     assert (code, "is a dense model already" in err) == (2, True)

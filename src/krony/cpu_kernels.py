@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-SOURCE = Path(__file__).with_name("decode.c").read_text(encoding="utf-8")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 60  # that compiling may take
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
@@ -78,18 +77,24 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
 
 def _compiled(compiler: str) -> Path:
     """The library's file, compiled if it is not there. Raises `OSError`, `SubprocessError`."""
-    parts = [SOURCE, *FLAGS, compiler, processor()]
+    code = Path(__file__).with_name("decode.c").read_text(encoding="utf-8")
+    parts = [code, *FLAGS, compiler, processor()]
     path = cache() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, source = Path(folder) / path.name, Path(folder) / "decode.c"
-        source.write_text(SOURCE, encoding="utf-8")
+        source.write_text(code, encoding="utf-8")
         command = [compiler, *FLAGS, "-o", str(made), str(source)]
         subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
         os.replace(made, path)
     return path
+
+
+def _can_take(x: Tensor) -> bool:
+    """Whether x is a plain tensor of a dtype that is compiled, and nothing is being traced."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.dtype in NAMES
 
 
 def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:
@@ -112,7 +117,7 @@ def run(group: Any, x: Tensor) -> Tensor | None:
     autocast and tracing, and as long as reading the large factor is what takes the time.
     """
     small, weight = group.small, group.large.weight
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
+    if not _can_take(x):
         return None
     tokens = x.numel() // x.shape[-1]
     (m1, n1), (m2, n2) = group.large_shape, group.small_shape
@@ -160,10 +165,9 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor |
     It helps on a CPU, for small factors with few entries, outside of autograd, autocast and
     tracing: a product of tiny matrices for every token takes BLAS several times as long.
     """
-    tokens, q, k = x.shape
-    p = len(mixing)
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
+    if not _can_take(x):
         return None
+    (tokens, q, k), p = x.shape, len(mixing)
     if (
         p * q > MOST_MIXED
         or k < LEAST_SLICE
@@ -192,9 +196,7 @@ def gelu(x: Tensor) -> Tensor | None:
     It helps on a CPU, for a dtype that is compiled, outside of autograd and tracing: torch's takes
     several times as long, and in bfloat16 no less than in float32.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in NAMES:
-        return None
-    if not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad):
+    if not _can_take(x) or not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad):
         return None
     if _get_current_dispatch_mode_stack() or (functions := library()) is None:
         return None

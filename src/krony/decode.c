@@ -55,7 +55,7 @@ static inline Words chosen(Mask where, Words yes, Words no) {
 }
 static inline Vector constant(float v) { return (Vector){0} + v; }
 
-/* e to the power of v, for 16 digits of base 2 more than bfloat16 has; v is held within +-87. */
+/* e to the power of v, right to the last digits of float32; v is held within +-87. */
 static inline Vector exponential(Vector v) {
     v = (Vector)chosen(v < -87.0f, (Words)constant(-87.0f), (Words)v);
     v = (Vector)chosen(v > 87.0f, (Words)constant(87.0f), (Words)v);

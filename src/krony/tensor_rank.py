@@ -161,15 +161,15 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         return None
     now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
     tokens, now = x.numel() // x.shape[-1], min(now, m2 * n2)
-    weight = group.large.weight
+    weight, narrow = group.large.weight, x.element_size() == 2
+    if torch.is_grad_enabled() or tokens * now < SUMMING[True][narrow]:  # with nothing left to do
+        return None
+    if not cpu_kernels.as_they_are(x, group.small, weight) or not group.is_plain:
+        return None
+    # Asked last, since the first call compiles.
     in_c = x.dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
-    summing = SUMMING[in_c][x.element_size() == 2]
-    if (
-        tokens * now < summing  # not even if nothing were left to do
-        or torch.is_grad_enabled()
-        or not cpu_kernels.as_they_are(x, group.small, weight)
-        or not group.is_plain
-    ):
+    summing = SUMMING[in_c][narrow]
+    if tokens * now < summing:
         return None
     small = group.scaled_small
     known = group.__dict__.get("_products")
