@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import activations
 
-from krony.activations import fuse, restore
+from krony.activations import TanhGELU, fuse, restore
 
 CHAINS = {"gelu_new": activations.NewGELUActivation, "gelu_fast": activations.FastGELUActivation}
 
@@ -26,6 +26,26 @@ def test_values_and_gradients_are_equal_but_for_rounding(kind):
     restore(model)
     assert type(model[1]) is kind
     assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_are_those_of_torch(dtype):
+    """Ours on a CPU with a C compiler, also where the gradient comes expanded or transposed."""
+    module, x = TanhGELU(nn.GELU), (3 * torch.randn(7, 33)).to(dtype)
+    for of in (lambda y: y.sum(), lambda y: (y.T @ y).float().square().sum()):
+        found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+        of(module(found)).backward()
+        of(nn.functional.gelu(wanted, approximate="tanh")).backward()
+        eps = torch.finfo(dtype).eps
+        size = wanted.grad.abs().max().item()
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=8 * eps, atol=8 * eps * size)
+    if dtype == torch.float32:
+        twice = []
+        for function in (module, lambda x: nn.functional.gelu(x, approximate="tanh")):
+            once = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(function(once).sum(), once, create_graph=True)
+            twice += torch.autograd.grad(slope.sum(), once)
+        torch.testing.assert_close(*twice)
 
 
 def test_other_activations_stay():

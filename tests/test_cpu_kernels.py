@@ -181,9 +181,30 @@ def test_gelu_of_what_is_no_ordinary_number():
     torch.testing.assert_close(
         cpu_kernels.gelu(columns), torch.nn.functional.gelu(columns, approximate="tanh")
     )
+    assert cpu_kernels.has_gelu(columns)
+    assert not cpu_kernels.has_gelu(torch.ones(3, dtype=torch.float64))
+    assert not torch.func.vmap(lambda x: x + cpu_kernels.has_gelu(x))(torch.zeros(2, 3)).any()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
+@pytest.mark.parametrize("shape", [(0,), (1,), (15,), (3, 7), (33, 1001)])
+def test_gradient_of_gelu_is_that_of_torch_in_float64(shape, dtype):
+    x, gradient = (4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    exact = x.double().requires_grad_()
     with torch.enable_grad():
-        assert cpu_kernels.gelu(torch.ones(3, requires_grad=True)) is None
-    assert cpu_kernels.gelu(torch.ones(3, dtype=torch.float64)) is None
+        torch.nn.functional.gelu(exact, approximate="tanh").backward(gradient.double())
+    found = cpu_kernels.gelu(x, gradient)
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-5}
+    torch.testing.assert_close(found.double(), exact.grad, **close)
+
+
+@compiled
+def test_gradient_of_gelu_far_out():
+    x = torch.tensor([float("nan"), float("inf"), 1e30, 40.0, -40.0, -1e30, -float("inf")])
+    found = cpu_kernels.gelu(x, torch.full((7,), 3.0))
+    assert found[0].isnan()
+    torch.testing.assert_close(found[1:], torch.tensor([3.0, 3, 3, 0, 0, 0]), rtol=1e-6, atol=1e-30)
 
 
 def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
@@ -203,7 +224,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
     assert cpu_kernels.run(made, x) is None
-    assert cpu_kernels.gelu(x) is None
+    assert not cpu_kernels.has_gelu(x)
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 
 

@@ -77,6 +77,19 @@ def test_gradient_of_kl_is_that_of_its_definition(temperature):
     assert torch.autograd.gradcheck(lambda z: losses.forward_kl(z, teacher, temperature), z)
 
 
+@pytest.mark.parametrize("in_cache", [1, 40, 10_000])
+def test_pieces_in_cache_change_nothing(monkeypatch, in_cache):
+    monkeypatch.setattr(losses, "IN_CACHE", in_cache)
+    z, teacher = 3 * torch.randn(2, 7, V, dtype=torch.float64)
+    labels, z = torch.randint(0, V, (7,)), z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: losses.cross_entropy(z, labels), z)
+    assert torch.autograd.gradcheck(lambda z: losses.forward_kl(z, teacher, 2.0), z)
+    wanted = nn.functional.cross_entropy(z, labels, reduction="sum")
+    torch.testing.assert_close(losses.cross_entropy(z, labels), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(losses.cross_entropy(z, labels), wanted)
+
+
 def test_feature_error_is_a_share_of_the_variance():
     wanted = [torch.randn(4, 5, 8) + 3, 10 * torch.randn(4, 5, 8)]
     assert losses.feature_error(wanted, wanted).item() == 0

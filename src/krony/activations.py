@@ -1,5 +1,8 @@
 """Activations in one kernel where transformers has a chain of them."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import activations
 
@@ -21,8 +24,28 @@ class TanhGELU(nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape."""
-        found = cpu_kernels.gelu(input)
-        return super().forward(input) if found is None else found
+        if not cpu_kernels.has_gelu(input):
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            made: Tensor = _Differentiable.apply(input)
+            return made
+        return cpu_kernels.gelu(input)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`cpu_kernels.gelu` both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return cpu_kernels.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+        return cpu_kernels.gelu(x, gradient)
 
 
 def fuse(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
     "decode": [_POINTER] * 5 + [_SIZE] * 6 + [_FLAG] * 3,
     "mix_many": [_POINTER] * 4 + [_SIZE] * 8 + [_FLAG],
-    "gelu": [_POINTER] * 2 + [_SIZE, _FLAG],
+    "gelu": [_POINTER] * 3 + [_SIZE, _FLAG],
 }
 
 
@@ -94,7 +94,12 @@ def _compiled(compiler: str) -> Path:
 
 def _can_take(x: Tensor) -> bool:
     """Whether x is a plain tensor of a dtype that is compiled, and nothing is being traced."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and x.dtype in NAMES
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype in NAMES
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:
@@ -190,17 +195,31 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor |
     return y
 
 
-def gelu(x: Tensor) -> Tensor | None:
-    """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), or None where this is no help.
+def has_gelu(x: Tensor) -> bool:
+    """Whether `gelu` can be called on x: on a CPU, in a dtype that is compiled, not traced."""
+    return (
+        _can_take(x)
+        and x.is_cpu
+        and not _get_current_dispatch_mode_stack()
+        and library() is not None
+    )
 
-    It helps on a CPU, for a dtype that is compiled, outside of autograd and tracing: torch's takes
-    several times as long, and in bfloat16 no less than in float32.
+
+def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), or with the gradient of that the one of x.
+
+    torch's takes several times as long, and in bfloat16 no less than in float32. Outside of
+    autograd, and only where `has_gelu` says so.
     """
-    if not _can_take(x) or not x.is_cpu or (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    if _get_current_dispatch_mode_stack() or (functions := library()) is None:
-        return None
-    x = x.contiguous()
+    functions = library()
+    assert functions is not None
+    x, gradient = x.contiguous(), None if gradient is None else gradient.contiguous()
     y = torch.empty_like(x)
-    functions["gelu", x.dtype](x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
+    functions["gelu", x.dtype](
+        x.data_ptr(),
+        None if gradient is None else gradient.data_ptr(),
+        y.data_ptr(),
+        x.numel(),
+        torch.get_num_threads(),
+    )
     return y

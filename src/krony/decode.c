@@ -55,10 +55,14 @@ static inline Words chosen(Mask where, Words yes, Words no) {
 }
 static inline Vector constant(float v) { return (Vector){0} + v; }
 
+static inline Vector within(Vector v, float most) {
+    v = (Vector)chosen(v < -most, (Words)constant(-most), (Words)v);
+    return (Vector)chosen(v > most, (Words)constant(most), (Words)v);
+}
+
 /* e to the power of v, right to the last digits of float32; v is held within +-87. */
 static inline Vector exponential(Vector v) {
-    v = (Vector)chosen(v < -87.0f, (Words)constant(-87.0f), (Words)v);
-    v = (Vector)chosen(v > 87.0f, (Words)constant(87.0f), (Words)v);
+    v = within(v, 87.0f);
     /* v = k log 2 + r; adding 1.5 * 2^23 rounds, and leaves k in the low bits. */
     Vector shifted = v * 1.44269504f + 12582912.0f, k = shifted - 12582912.0f;
     Vector r = v - k * 0.693359375f + k * 2.12194440e-4f;
@@ -72,8 +76,17 @@ static inline Vector exponential(Vector v) {
     return sum * (Vector)(((Words)shifted << 23) + 0x3f800000u);
 }
 
-static inline Vector gelu(Vector v) { /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) */
-    return v / (1.0f + exponential(v * (-1.59576912f - 0.0713548163f * v * v)));
+/* 1 + exp(-2 u), of which (1 + tanh(u)) / 2 is the inverse; u = sqrt(2 / pi) (v + 0.044715 v^3) */
+static inline Vector gelu_divisor(Vector v) {
+    return 1.0f + exponential(v * (-1.59576912f - 0.0713548163f * v * v));
+}
+
+static inline Vector gelu(Vector v) { return v / gelu_divisor(v); }
+
+static inline Vector gelu_slope(Vector v) { /* s + v s (1 - s) 2 u', where s is that inverse */
+    v = within(v, 32.0f); /* 0 or 1 beyond, and squares of v may be infinite */
+    Vector s = 1.0f / gelu_divisor(v);
+    return s + v * s * (1.0f - s) * (1.59576912f + 0.214064449f * v * v);
 }
 
 static inline float read_float(const float *p) { return *p; }
@@ -344,20 +357,25 @@ void NAME(mix_many)(const NUMBER *x, const float *b, const NUMBER *bias, NUMBER 
     }
 }
 
-/* y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) for `count` numbers. */
-void NAME(gelu)(const NUMBER *x, NUMBER *y, long count, int threads) {
-    long whole = count / LANES;
+/* y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) for `count` numbers, or where there are
+ * gradients of that, y = those of x. */
+void NAME(gelu)(const NUMBER *x, const NUMBER *gradient, NUMBER *y, long count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count >= SHARED)
-    for (long i = 0; i < whole; i++) {
-        Vector v = NAME(load)(x + i * LANES);
-        NAME(store)(y + i * LANES, gelu(v));
+    for (long i = 0; i < count; i += LANES) {
+        long here = count - i < LANES ? count - i : LANES;
+        NUMBER last[2][LANES] = {{0}};
+        const NUMBER *from = x + i, *slopes = gradient ? gradient + i : NULL;
+        NUMBER *to = y + i;
+        if (here < LANES) { /* not to read or write beyond the end */
+            memcpy(last[0], from, here * sizeof(NUMBER));
+            if (slopes) memcpy(last[1], slopes, here * sizeof(NUMBER));
+            from = to = last[0];
+            slopes = slopes ? last[1] : NULL;
+        }
+        Vector v = NAME(load)(from);
+        NAME(store)(to, slopes ? NAME(load)(slopes) * gelu_slope(v) : gelu(v));
+        if (here < LANES) memcpy(y + i, to, here * sizeof(NUMBER));
     }
-    if (whole * LANES == count) return;
-    NUMBER rest[LANES] = {0};
-    memcpy(rest, x + whole * LANES, (count - whole * LANES) * sizeof(NUMBER));
-    Vector v = NAME(load)(rest);
-    NAME(store)(rest, gelu(v));
-    memcpy(y + whole * LANES, rest, (count - whole * LANES) * sizeof(NUMBER));
 }
 
 #endif

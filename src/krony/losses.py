@@ -5,6 +5,7 @@ tokens that are computed again in the backward pass, so that logits are never he
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ CE, KL, FEATURES = "ce", "kl", "features"
 PARTS = (CE, KL, FEATURES)
 FEATURE_WEIGHT = 8.0  # beside the others (docs/log.md)
 LOGITS = 2**26  # most logits held at a time; a quarter of a gigabyte in float32
+IN_CACHE = 2**20  # of them that a core works on at once, and that its cache has room for
 
 Head = Callable[[Tensor], Tensor]
 
@@ -34,7 +36,8 @@ def parse(text: str) -> tuple[str, ...]:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in nats: logits (N, V), labels (N,)."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    loss: Tensor = _WithGradient.apply(logits, _cross_entropy, labels)
+    return loss
 
 
 def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -42,37 +45,61 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
     The square keeps the size of the gradient when the temperature changes. The teacher gets none.
     """
-    loss: Tensor = _ForwardKL.apply(logits, teacher, temperature)
+    loss: Tensor = _WithGradient.apply(logits, partial(_kl, temperature=temperature), teacher)
     return loss
 
 
-class _ForwardKL(torch.autograd.Function):
-    """`forward_kl` with its gradient, temperature times (q - p), made of the numbers at hand.
+# (logits, what they should predict) of some rows to the summed loss and its gradient.
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    The chain of operations that it is would pass over all logits twice as often.
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient is q minus one at the label."""
+    labels = labels[:, None]
+    log_q = F.log_softmax(logits, -1)
+    loss = -log_q.gather(1, labels).sum()
+    one = torch.full_like(labels, -1, dtype=log_q.dtype)
+    return loss, log_q.exp_().scatter_add_(1, labels, one)
+
+
+def _kl(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The gradient is the temperature times q - p."""
+    taught = teacher.to(logits.dtype)
+    if temperature != 1:
+        logits, taught = logits / temperature, taught / temperature
+    log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(taught, -1)
+    p = log_p.exp()
+    loss = log_p.sub_(log_q).mul_(p).sum() * temperature**2
+    gradient = log_q.exp_().sub_(p)
+    return loss, gradient if temperature == 1 else gradient.mul_(temperature)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A sum over rows of logits that makes its gradient of the numbers at hand.
+
+    The chain of operations that it is would pass over all logits several times more, in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        student, wanted = (_log_softmax(z, temperature) for z in (logits, teacher))
-        p = wanted.exp()
-        loss = wanted.sub_(student).mul_(p).sum() * temperature**2
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(student.exp_().sub_(p).to(logits.dtype))
-            ctx.temperature = temperature
-        return loss
+    def forward(ctx: Any, logits: Tensor, rule: Rule, wanted: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        cached = logits.is_cpu and not torch.compiler.is_compiling()
+        size = max(1, IN_CACHE // logits.shape[-1]) if cached else len(logits)
+        losses = []
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            loss, of_rows = rule(logits[rows].to(exact), wanted[rows])
+            losses.append(loss)
+            if gradient is not None:
+                gradient[rows] = of_rows
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * (gradients[0] * ctx.temperature), None, None
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """At a temperature, in float32 at least."""
-    if temperature != 1:
-        logits = logits / temperature
-    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
 
 
 def feature_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
