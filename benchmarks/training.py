@@ -67,7 +67,7 @@ class Step:
     def __init__(self, kind: str, arguments: argparse.Namespace, dtype: str, device: str) -> None:
         self.model = build(kind, arguments.scheme, arguments.layers).to(device)
         self.objective = Objective(self.model, ("ce",))
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         size = (arguments.batch, arguments.window)
         self.ids = torch.randint(0, 50_257, size, device=device)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -52,7 +52,7 @@ def test_a_step_is_one_of_muon_and_one_of_adamw():
     learn(model, make_optimizer(model, RECIPE, 1e-2))
     matrices, others = parameter_groups(again, RECIPE, 1e-2)
     muon = Muon(matrices, adjust_lr_fn="match_rms_adamw")
-    learn(again, muon, AdamW(others, betas=RECIPE.betas))
+    learn(again, muon, AdamW(others, betas=RECIPE.betas, fused=True))
     before = factored().state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])

@@ -22,7 +22,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(self, matrices: Groups, others: Groups, betas: tuple[float, float]) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=betas),
+            torch.optim.AdamW(others, betas=betas, fused=True),
         )
         # The very groups of the parts: what a scheduler changes here is changed there.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -50,7 +50,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, learning_rate: float) -> to
     matrices, others = parameter_groups(model, recipe, learning_rate)
     if matrices:
         return MuonAndAdamW(matrices, others, recipe.betas)
-    return torch.optim.AdamW(others, betas=recipe.betas)
+    return torch.optim.AdamW(others, betas=recipe.betas, fused=True)
 
 
 def parameter_groups(
