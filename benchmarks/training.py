@@ -127,23 +127,32 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for kind, step in steps.items():
         # Ratios within one round, so that a slow round is slow for both.
-        ratios = [d / s for d, s in zip(seconds["dense"], seconds[kind], strict=True)]
+        dense, kron, kron_b = (
+            [other / own for other, own in zip(seconds[against], seconds[kind], strict=True)]
+            for against in ("dense", *KRON_KINDS)
+        )
         rows.append(
             {
                 "model": kind,
-                "against_dense": round(statistics.median(ratios), 3),
-                "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+                "against_dense": round(statistics.median(dense), 3),
+                "spread": [round(min(dense), 3), round(max(dense), 3)],
+                "against_kron": round(statistics.median(kron), 3),
+                "against_kron_b_first": round(statistics.median(kron_b), 3),
                 "tokens_per_second": round(tokens / statistics.median(seconds[kind]), 1),
                 "peak_gb": round(memory[kind], 2),
                 "flops_per_token": flops_per_token(step.model, step.objective, arguments.window),
             }
         )
-    print("| training step | speed against dense | spread | GFLOP a token | peak memory |")
-    print("|---|---|---|---|---|")
+    print(
+        "| training step | speed against dense | spread | against `torch.kron` | B first "
+        "| GFLOP a token | peak memory |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['model']} | {row['against_dense']:.2f}x "
             f"| {row['spread'][0]:.2f} to {row['spread'][1]:.2f} "
+            f"| {row['against_kron']:.2f}x | {row['against_kron_b_first']:.2f}x "
             f"| {row['flops_per_token'] / 1e9:.3f} | {row['peak_gb']:.2f} GB |"
         )
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "only")}
