@@ -9,7 +9,6 @@ import argparse
 import json
 import shutil
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,8 +181,8 @@ def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def summary(folder: Path) -> None:
-    """The table and the picture of all cells that are there."""
+def summary(folder: Path, tokens: int, spelled: str) -> None:
+    """The table of all cells that are there, and the picture of those with so many tokens."""
     records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
     records.sort(key=lambda r: (r["tokens"], r["after"]["topics"]))
     print("| start, loss | tokens | seed | topics before | after | against dense | docstrings |")
@@ -194,12 +193,14 @@ def summary(folder: Path) -> None:
             f"| {r['before']['topics']:,.1f} | {r['after']['topics']:.2f} "
             f"| {r['against_dense']['topics']:.3f}x | {r['against_dense']['docstrings']:.3f}x |"
         )
-    ((tokens, _),) = Counter(r["tokens"] for r in records).most_common(1)
     runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == tokens and r["seed"] == 0}
+    if not runs:
+        return
     # Those far behind would leave no room for the others.
     last = {name: curve[-1]["held_out"] for name, curve in runs.items()}
-    runs = {name: curve for name, curve in runs.items() if last[name] < min(last.values()) + 1}
-    curves.draw(runs, folder.with_suffix(".png"), "Healing at a quarter of the MLP parameters")
+    runs = {name: curve for name, curve in runs.items() if last[name] < min(last.values()) + 0.7}
+    title = f"Healing with {spelled} tokens at a quarter of the MLP parameters"
+    curves.draw(runs, folder.with_name(f"{folder.name}-{spelled}.png"), title)
 
 
 def main() -> None:
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/healing"))
     parser.add_argument("--work", type=Path, default=Path("healing-work"))
-    parser.add_argument("--list", action="store_true", help="only print what there is")
+    parser.add_argument("--list", action="store_true", help="only show what there is")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -225,7 +226,7 @@ def main() -> None:
             if cell.name in arguments.cells and not out.exists():
                 run(cell, tokens, seed, arguments.work, out)
                 print(f"{cell.name}: {json.loads(out.read_text())['after']}", flush=True)
-    summary(arguments.out)
+    summary(arguments.out, tokens, arguments.tokens)
 
 
 if __name__ == "__main__":
