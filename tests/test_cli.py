@@ -54,7 +54,10 @@ def test_export_dense(compressed, run, tmp_path):
     assert not any(isinstance(m, KroneckerLinear) for m in model.modules())
     factored = hf.AutoModelForCausalLM.from_pretrained(compressed).eval()
     fuse(model)  # the factored model's activation, which rounds in another way
-    torch.testing.assert_close(logits(model), logits(factored), rtol=1e-5, atol=1e-5)
+    found, wanted = logits(model), logits(factored)
+    # Sums in another order: some units of rounding of the largest logit, whichever CPU it is.
+    rounding = 16 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=rounding)
     assert (tmp_path / "dense" / "tokenizer.json").is_file()
     code, _, err = run("export", tmp_path / "dense", tmp_path / "again")
     assert (code, "is a dense model already" in err) == (2, True)
