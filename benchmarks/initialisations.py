@@ -21,20 +21,25 @@ from scipy.stats import spearmanr
 
 import krony
 import starts
-from krony import calibrate, data, docstrings, evaluate
+from krony import calibrate, data, docstrings, evaluate, width
 from krony.budget import (
+    Matrix,
+    Prices,
     balanced_shapes,
-    make_candidates,
     make_plan_of,
+    price,
     sized,
+    widths,
+    with_units,
 )
 from krony.checkpoints import write_json
 from krony.factorise import DATA
-from krony.families import dense_weight, find_targets
-from krony.fit import Metric, is_low_rank, spectrum
-from krony.limits import Candidate, choose
+from krony.families import Target, dense_weight, find_targets, mlps
+from krony.fit import is_low_rank, low_rank_harm
+from krony.limits import Candidate, Currency, choose
+from krony.plan import MatrixPlan
 from krony.sequential import DataOptions
-from krony.tables import factors_text
+from krony.tables import factors_text, narrowed_text
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of each held-out text
@@ -67,36 +72,30 @@ class Bench:
             name: evaluate.perplexity(model, ids, self.texts[name])
             for name, ids in self.ids.items()
         }
-        self._candidates: list[list[Candidate]] = []
 
     def model(self) -> transformers.PreTrainedModel:
         """A fresh copy of the packaged model."""
         return krony.load_model("demo", torch.float32)
 
-    @property
-    def candidates(self) -> list[list[Candidate]]:
-        """What the budget planner chooses from, priced once."""
-        if not self._candidates:
-            model = self.model()
-            for t in self.targets:
-                weight = dense_weight(model.get_submodule(t.name)).detach().double()
-                moments = self.moments[t.name]
-                self._candidates.append(make_candidates(t, weight, moments, "size"))
-        return self._candidates
+    def priced(self, share: float, targets: list[Target], narrow: bool) -> Prices:
+        """What the budget planner chooses from for these targets at that share."""
+        return price(self.model(), targets, self.moments, parameters(share, targets), narrow=narrow)
 
-    def budget(self, share: float, kept: Kept = lambda c: c) -> krony.Plan:
+    def budget(self, share: float, kept: Kept = lambda c: c, narrow: bool = True) -> krony.Plan:
         """The planner's choice, of what `kept` makes of each candidate (None: not that one)."""
-        rows = [[k for c in row if (k := kept(c)) is not None] for row in self.candidates]
-        whole = sum(t.shape[0] * t.shape[1] for t in self.targets)
-        return make_plan_of(self.targets, choose(rows, {"parameters": int(share * whole)}))
+        prices = self.priced(share, self.targets, narrow)
+        rows = [[k for c in row if (k := kept(c)) is not None] for row in prices.rows]
+        return make_plan_of(prices.targets, choose(rows, parameters(share, self.targets)))
 
-    def uniform(self, share: float) -> krony.Plan:
-        """The best structure for each matrix, all of them at the same share."""
-        chosen = [
-            choose([row], {"parameters": int(share * t.shape[0] * t.shape[1])})[0]
-            for t, row in zip(self.targets, self.candidates, strict=True)
-        ]
-        return make_plan_of(self.targets, chosen)
+    def uniform(self, share: float, narrow: bool = True) -> krony.Plan:
+        """The planner's choice for each MLP, or without narrowing matrix, alone at that share."""
+        found: tuple[MatrixPlan, ...] = ()
+        together = [list(mlp.targets) for mlp in mlps(self.model(), self.targets)]
+        for targets in together if narrow else [[t] for t in self.targets]:
+            prices = self.priced(share, targets, narrow)
+            chosen = choose(prices.rows, parameters(share, targets))
+            found += make_plan_of(prices.targets, chosen).matrices
+        return krony.Plan(found)
 
     def measure(self, plan: krony.Plan, init: str, options: DataOptions | None = None) -> dict:
         """Compress, evaluate; a JSON-ready row."""
@@ -120,7 +119,10 @@ class Bench:
         dense = whole - plan.dense_parameters  # matrices that the plan leaves as they are
         if init == DATA:
             row["plan"] = {
-                m.name: [factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups]
+                m.name: [
+                    narrowed_text(m.shape, m.dense_shape),
+                    *(factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups),
+                ]
                 for m in plan.matrices
             }
         return {
@@ -129,6 +131,11 @@ class Bench:
             "multiply_adds": round((dense + plan.multiply_adds) / whole, 3),
             "seconds": round(seconds, 1),
         }
+
+
+def parameters(share: float, targets: list[Target]) -> dict[Currency, float]:
+    """That share of the targets' parameters, as a limit."""
+    return {"parameters": int(share * sum(t.shape[0] * t.shape[1] for t in targets))}
 
 
 Job = tuple[str, krony.Plan, str, DataOptions | None]
@@ -151,7 +158,9 @@ def methods(bench: Bench, share: float) -> list[Job]:
         job("low rank, data", starts.LOW_RANK),
         job("balanced sum, van-loan", starts.SUMS, "van-loan"),
         job("balanced sum, data", starts.SUMS),
-        ("mixed, uniform shares", bench.uniform(share), DATA, None),
+        job("narrowed, data", starts.NARROW),
+        ("mixed, uniform shares", bench.uniform(share, narrow=False), DATA, None),
+        ("budget, all units", bench.budget(share, narrow=False), DATA, None),
         ("budget, data", bench.budget(share), DATA, None),
     ]
 
@@ -164,6 +173,7 @@ def ablation(bench: Bench, share: float) -> list[Job]:
         jobs.append((off, plan, DATA, DataOptions(**{off: False})))
     return [
         *jobs,
+        ("narrowing", bench.budget(share, narrow=False), DATA, None),
         ("allocation", bench.uniform(share), DATA, None),
         ("interpolative form", bench.budget(share, plain), DATA, None),
         ("Kronecker sums", bench.budget(share, low_rank_only), DATA, None),
@@ -204,34 +214,43 @@ def low_rank_only(candidate: Candidate) -> Candidate | None:
 def kronecker_only(plan: krony.Plan) -> krony.Plan:
     """The same parameters for each matrix, all of them in one balanced sum."""
     matrices = [
-        replace(m, groups=(sized(*balanced_shapes(m.shape), m.parameters / m.dense_parameters),))
+        replace(m, groups=(sized(*balanced_shapes(m.shape), m.parameters / m.formed),))
         for m in plan.matrices
     ]
     return krony.Plan(tuple(matrices))
 
 
 def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
-    """Predicted harm against measured loss: random low-rank plans over a wide range of sizes."""
+    """Predicted harm against measured loss: random plans over a wide range of sizes, with hidden
+    units taken out of three MLPs in four, and low rank in every matrix."""
     generator = np.random.default_rng(seed)
-    model, points = bench.model(), []
-    tails = {}
-    for t in bench.targets:
-        weight = model.get_submodule(t.name).weight.T.detach().double()
-        moments = bench.moments[t.name]
-        metric = Metric.of(moments.inputs.covariance, moments.gradient, t.shape[0])
-        tails[t.name] = spectrum(weight, metric).square()
-    for _ in range(plans):
-        middle = generator.uniform(0.2, 0.7)
-        shares = np.clip(middle * generator.lognormal(0, 0.5, len(bench.targets)), 0.05, 0.79)
-        ranks = [
-            int(s * t.shape[0] * t.shape[1] / sum(t.shape))
-            for s, t in zip(shares, bench.targets, strict=True)
+    model, points, ways = bench.model(), [], []
+    for mlp in mlps(model, bench.targets):
+        matrices = [
+            Matrix(t, dense_weight(model.get_submodule(t.name)).detach().double(), moments)
+            for t in mlp.targets
+            if (moments := bench.moments[t.name])
         ]
-        harm = sum(
-            0.5 * float(tails[t.name][rank:].sum())
-            for t, rank in zip(bench.targets, ranks, strict=True)
-        )
-        plan = starts.low_rank_plan(bench.targets, ranks)
+        down, ways_here = matrices[-1], []
+        order = width.elimination(down.weight, down.metric)
+        for hidden in widths(mlp.down.hidden)[:7:2]:
+            units = width.narrow(down.weight, down.metric, order, hidden)
+            mine = [with_units(matrix, units) for matrix in matrices]
+            harms = [low_rank_harm(matrix.weight, matrix.metric) for matrix in mine]
+            ways_here.append((units.harm, [m.target for m in mine], harms))
+        ways.append(ways_here)
+    for _ in range(plans):
+        middle, harm = generator.uniform(0.2, 0.7), 0.0
+        chosen: list[tuple[Target, int]] = []
+        for way in ways:
+            lost, targets, harms = way[generator.integers(len(way))]
+            harm += lost
+            for target, prices in zip(targets, harms, strict=True):
+                share = float(np.clip(middle * generator.lognormal(0, 0.5), 0.05, 0.79))
+                rank = int(share * target.shape[0] * target.shape[1] / sum(target.shape))
+                harm += float(prices[rank])
+                chosen.append((target, rank))
+        plan = starts.low_rank_plan([t for t, _ in chosen], [rank for _, rank in chosen])
         row = bench.measure(plan, DATA, DataOptions(sequential=False))
         points.append(
             {"predicted": harm, "measured": float(np.log(row["topics"]["against_dense"]))}

@@ -13,7 +13,8 @@ WEIGHTS_ONLY = krony.DataOptions(sequential=False, gradients=False)
 SMALL = {0.5: (2, 1), 0.25: (2, 2)}  # the paper's kind of factors, by the share that they leave
 ONE_TERM = "one term"
 WHITENED, LOW_RANK, SUMS = "whitened SVD", "low rank", "balanced sum"
-BY_DATA = (ONE_TERM, WHITENED, LOW_RANK, SUMS)
+NARROW = "narrowed"  # fewer hidden units, matrices that are dense otherwise
+BY_DATA = (ONE_TERM, WHITENED, LOW_RANK, SUMS, NARROW)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def named(model: PreTrainedModel, name: str, share: float) -> Start:
         ranks = [int(share * t.shape[0] * t.shape[1] / sum(t.shape)) for t in targets]
         options = WEIGHTS_ONLY if name == WHITENED else None
         return Start(low_rank_plan(targets, ranks), DATA, options)
+    if name == NARROW:
+        fewer = [t.narrowed(int(share * t.hidden)) for t in find_targets(model, "mlp")]
+        return Start(krony.Plan(tuple(matrix_plan(t, ()) for t in fewer)), DATA)
     if name == SUMS:
         one = krony.Factors((64, 16), (16, 16)).parameters
         terms = int(share * 1024 * 256 / one)

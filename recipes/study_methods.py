@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 import krony
 from krony import calibrate, families, info, schemes
-from krony.budget import balanced_shapes, make_candidates, make_plan_of, sized
+from krony.budget import balanced_shapes, make_budget_plan, sized
 from krony.calibrate import Inputs, Moments
 from krony.factorise import DATA
-from krony.families import Target, dense_weight, find_targets
-from krony.limits import Candidate, choose
+from krony.families import Target, find_targets
 from krony.plan import Plan, matrix_plan
 
 SIZES = {
@@ -27,8 +26,8 @@ SIZES = {
     "81M-768": replace(schemes.SCHEMES["81M"], shape=(768, 768)),
 }
 WHITENED, LOW_RANK, SUMS, BUDGET = "whitened SVD", "low rank", "balanced sum", "budget"
-DROPPED, DENSE = "layers dropped", "dense"
-OURS = (BUDGET, SUMS, LOW_RANK, WHITENED, DROPPED)  # at a size, in no shape of the paper's
+NARROW, DROPPED, DENSE = "narrowed", "layers dropped", "dense"
+OURS = (BUDGET, NARROW, SUMS, LOW_RANK, WHITENED, DROPPED)  # at a size, in no shape of the paper's
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ CELLS = [
     Cell("", DENSE),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("van-loan-scaled", BUDGET, LOW_RANK)),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("prune", DROPPED)),
-    *(Cell(size, m) for size in ("81M", "96M") for m in (WHITENED, SUMS)),
+    *(Cell(size, m) for size in ("81M", "96M") for m in (NARROW, WHITENED, SUMS)),
     *(Cell(size, m) for size in ("81M", "96M") for m in (DATA, "van-loan")),
     *(Cell("81M-768", m) for m in PAPERS),
     *(Cell(s, m) for m in PAPERS if m != "prune" for s in ("92M-4", "80M-2")),
@@ -82,17 +81,6 @@ class Methods:
         write_moments(self.cache, found)
         return found
 
-    @cached_property
-    def candidates(self) -> list[list[Candidate]]:
-        """What the budget planner chooses from, priced once for all sizes."""
-        rows = []
-        for t in self.targets:
-            moments = self.moments[t.name]
-            weight = dense_weight(self.base.get_submodule(t.name)).detach().double()
-            weight = weight.to(moments.inputs.device)
-            rows.append(make_candidates(t, weight, moments, "size"))
-        return rows
-
     def paper_plan(self, size: str) -> Plan:
         """The paper's shape of that size, by its small factor: in other models the same shares."""
         scheme = SIZES[size]
@@ -102,9 +90,7 @@ class Methods:
 
     def prepare(self, cell: Cell) -> None:
         """Find, or read, what cells share, so that their own time can be measured without it."""
-        if cell.method == BUDGET:
-            _ = self.candidates
-        elif cell.method in (*OURS, DATA) and cell.method != DROPPED:
+        if cell.method in (*OURS, DATA) and cell.method != DROPPED:
             _ = self.moments
 
     def compressed(self, cell: Cell) -> PreTrainedModel:
@@ -121,9 +107,8 @@ class Methods:
                 return krony.compress(model, paper, init=cell.method, seed=self.seed)
             plan = paper
         elif cell.method == BUDGET:
-            plan = make_plan_of(
-                self.targets, choose(self.candidates, {"parameters": paper.parameters})
-            )
+            share = paper.parameters / paper.dense_parameters
+            plan = make_budget_plan(model, self.windows, share=share, moments=self.moments).plan
         else:
             share = paper.parameters / paper.dense_parameters
             plan = uniform_plan(self.targets, cell.method, share)
@@ -141,6 +126,9 @@ class Methods:
 
 def uniform_plan(targets: list[Target], method: str, share: float) -> Plan:
     """One structure at the same share of every matrix."""
+    if method == NARROW:
+        fewer = [t.narrowed(round(share * t.hidden)) for t in targets]
+        return Plan(tuple(matrix_plan(t, ()) for t in fewer))
 
     def factors(target: Target) -> krony.Factors:
         m, n = target.shape

@@ -312,9 +312,11 @@ def test_the_budget_goes_where_the_harm_is():
         min(
             c.harm
             for c in budgets.make_candidates(
-                t,
-                dense_weight(model.get_submodule(t.name)).detach().double(),
-                found.moments[t.name],
+                budgets.Matrix(
+                    t,
+                    dense_weight(model.get_submodule(t.name)).detach().double(),
+                    found.moments[t.name],
+                ),
                 "size",
             )
             if c.parameters <= 0.3 * t.shape[0] * t.shape[1]

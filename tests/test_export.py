@@ -82,6 +82,10 @@ def variants():
     plan = make_plan(scalars, small=(2, 2), scalars=True)
     made["half"] = compress(scalars, plan).to(torch.bfloat16)
     made["int4"] = quantize(compressed("gpt2"), "int4")
+    fewer = tiny("phi3")  # gate and up fused, half of the hidden units gone
+    units = tuple(matrix_plan(t.narrowed(24), ()) for t in find_targets(fewer, "mlp"))
+    windows = torch.arange(96).view(6, 16)
+    made["narrowed"] = compress(fewer, Plan(units), init="data", calibration=windows)
     return made
 
 
@@ -107,7 +111,9 @@ def contained(tmp_path_factory):
     return root, expected
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "tied", "untied", "interpolative", "half", "int4"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "tied", "untied", "interpolative", "half", "int4", "narrowed"]
+)
 def test_it_runs_where_krony_is_not_installed(name, contained):
     root, expected = contained
     found = torch.load(root / f"{name}.pt", weights_only=True)

@@ -55,8 +55,10 @@ def test_harm_is_half_the_mean_squared_first_order_change(weight):
 def test_low_rank_is_optimal_and_priced_by_the_spectrum(weight, metric, rank):
     columns, rows = fit.low_rank(weight, metric, rank)
     error = weight - columns @ rows
-    tail = fit.spectrum(weight, metric)[rank:]
-    assert metric.harm(error) == pytest.approx(0.5 * float(tail.square().sum()), abs=1e-9)
+    price = fit.low_rank_harm(weight, metric)
+    assert len(price) == min(weight.shape) + 1
+    assert float(price[-1]) == 0
+    assert metric.harm(error) == pytest.approx(float(price[rank]), abs=1e-9)
     # Optimal: the gradient G Δ C vanishes along both factors.
     image = metric.apply(error)
     assert float((columns.T @ image).abs().max()) < 1e-8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from krony import calibrate, embedding, kron
+from krony import calibrate, embedding, kron, width
 from krony.calibrate import Moments
 from krony.embedding import RowMetric
 from krony.errors import KronyError
@@ -20,10 +20,12 @@ from krony.layers import KroneckerLinear
 from krony.modeling import (
     Factored,
     KroneckerConfig,
+    Plain,
     attach,
     build_layer,
     config_of,
     install,
+    plain_layer,
     quantised_of,
 )
 from krony.plan import MatrixPlan, Plan
@@ -152,6 +154,13 @@ def compress(
     if init not in (*INITS, DATA):
         raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
     before = config_of(model)
+    if before is not None:
+        _check_new(plan, Plan.from_dict(before.plan))
+    if init != DATA and any(matrix.narrowed for matrix in plan.matrices):
+        raise KronyError(
+            f"the plan takes hidden units out, and --init {init} does not say which; use --init "
+            f"{DATA}, or a plan with all of them"
+        )
     if (quantised := quantised_of(model)) is not None:
         raise KronyError(
             f"the model is quantised to {quantised.to}; compress it first, then quantise"
@@ -179,7 +188,18 @@ def compress(
     return model
 
 
-Layers = dict[str, Factored]
+def _check_new(plan: Plan, before: Plan) -> None:
+    """Raise `KronyError` if a matrix that only lost hidden units, and looks dense, is planned."""
+    done = {matrix.name for matrix in before.matrices if matrix.narrowed}
+    again = next((matrix.name for matrix in plan.matrices if matrix.name in done), None)
+    if again is not None:
+        raise KronyError(
+            f"{again} has lost hidden units already; fold the model to dense first "
+            "(krony export --to dense)"
+        )
+
+
+Layers = dict[str, Factored | Plain]
 Errors = dict[str, dict[str, float]]
 
 
@@ -221,6 +241,7 @@ def _by_data(
         moments = collect(work, calibration, names, list(ends.values()), options.gradients, seed)
     fitted: dict[str, tuple[Any, float]] = {}
     embedded = None
+    narrow = None
     for matrix in plan.matrices:
         metric = moments[matrix.name]
         if isinstance(metric, RowMetric):
@@ -237,9 +258,10 @@ def _by_data(
     if inner.matrices:
         within = {n: m for n, m in moments.items() if isinstance(m, Moments)}
         calibrate.check_tokens(within)
+        narrow = width.narrowed(work, inner, within, options.bias, options.centred)
         found = fit_plan(
-            work, inner, calibration, within, _install, options,
-            progress=progress, embedded=embedded,
+            work, inner, calibration, narrow.moments, _install, options,
+            progress=progress, embedded=embedded, narrow=narrow,
         )  # fmt: skip
         fitted |= {name: (layer, fit.harm) for name, (layer, fit) in found.items()}
     layers: Layers = {}
@@ -250,6 +272,8 @@ def _by_data(
             module = model.get_submodule(matrix.name)
             weight = dense_weight(module)
             layers[matrix.name] = layer.to(weight.device, weight.dtype).train(module.training)
+            if matrix.narrowed and narrow is not None:
+                weight = dense_weight(narrow.model.get_submodule(matrix.name))
             errors[matrix.name] = {
                 **_measure(weight.detach().double(), layers[matrix.name]),
                 "harm": round(harm, 8),
@@ -286,8 +310,13 @@ def _ends(model: PreTrainedModel, plan: Plan) -> dict[str, Target]:
     return {t.name: t for t in find_targets(model, "embedding") if t.name in names}
 
 
-def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> Factored:
-    """The factored layer with the fitted factors and bias."""
+def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> Factored | Plain:
+    """The factored layer with the fitted factors and bias, or the ordinary one with the weight."""
+    if fitted.weight is not None:
+        weight, bias = dense_weight(module), fitted.bias
+        bias = None if bias is None else bias.to(weight)
+        made = plain_layer(fitted.weight.to(weight), bias, matrix.conv1d)
+        return made.train(module.training)
     terms = [
         Terms.from_layout(factors, *pair)
         for factors, pair in zip(matrix.groups, fitted.pairs, strict=True)
@@ -320,11 +349,11 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
             "model before it is quantised or adapted"
         )
     matrix.check()
-    weight = dense_weight(module)
-    if tuple(weight.shape) != tuple(matrix.shape):
+    weight, planned = dense_weight(module), matrix.dense_shape or matrix.shape
+    if tuple(weight.shape) != tuple(planned):
         raise KronyError(
             f"{matrix.name} is {weight.shape[0]}x{weight.shape[1]} in the model and "
-            f"{matrix.shape[0]}x{matrix.shape[1]} in the plan; make the plan from this model"
+            f"{planned[0]}x{planned[1]} in the plan; make the plan from this model"
         )
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
@@ -338,6 +367,7 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
 def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> Factored:
     weight = dense_weight(module)
     layer = build_layer(matrix, weight.device, weight.dtype)
+    assert isinstance(layer, Factored)
     for group, terms in zip(layer.groups, found, strict=True):
         group.set_factors(terms.large, terms.small, terms.scalars)  # type: ignore[operator]
     if isinstance(layer, KroneckerLinear) and layer.bias is not None:
@@ -345,9 +375,13 @@ def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> Factore
     return layer.train(module.training)
 
 
-def _measure(weight: Tensor, layer: Factored) -> dict[str, float]:
-    """Relative Frobenius error and share of the norm kept, of the factors as they are stored."""
-    dense, size = layer.to_dense(torch.float64), float(weight.norm()) or 1.0
+def _measure(weight: Tensor, layer: Factored | Plain) -> dict[str, float]:
+    """Relative Frobenius error and share of the norm kept, of the factors as they are stored.
+
+    Where hidden units are gone, of what is left of the dense matrix.
+    """
+    kept = layer.to_dense(torch.float64) if isinstance(layer, Factored) else dense_weight(layer)
+    dense, size = kept.double(), float(weight.norm()) or 1.0
     return {
         "relative_error": round(float((weight - dense).norm()) / size, 6),
         "norm_kept": round(float(dense.norm()) / size, 6),

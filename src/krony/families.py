@@ -52,6 +52,7 @@ class Target:
         conv1d: stored transposed, in a transformers `Conv1D`.
         bias: whether the module has a bias.
         tied: an embedding that is the output matrix too.
+        dense_shape: what `shape` was before hidden units were taken out; None: all are there.
     """
 
     name: str
@@ -62,6 +63,34 @@ class Target:
     conv1d: bool
     bias: bool
     tied: bool = False
+    dense_shape: Shape | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many hidden axes an "up" matrix writes, one below the other: two if gate and up are
+        fused."""
+        return self.shape[0] // self.hidden if self.role == "up" else 1
+
+    def narrowed(self, hidden: int) -> "Target":
+        """The same matrix with so many hidden units."""
+        if hidden == self.hidden:
+            return self
+        m, n = self.shape
+        shape = (self.parts * hidden, n) if self.role == "up" else (m, hidden)
+        return replace(self, shape=shape, hidden=hidden, dense_shape=self.dense_shape or self.shape)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The matrices that share one hidden axis: those that write it, and the one that reads it."""
+
+    ups: tuple[Target, ...]
+    down: Target
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All of them, in the order of the forward pass."""
+        return (*self.ups, self.down)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -88,6 +117,21 @@ def find_targets(model: PreTrainedModel, target: str = "mlp") -> list[Target]:
         found |= {t.name: t for t in chosen}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda t: order[t.name])
+
+
+def mlps(model: PreTrainedModel, targets: list[Target]) -> list[MLP]:
+    """The MLPs of which all matrices are among the targets."""
+    chosen, whole = {t.name for t in targets}, defaultdict(list)
+    for target in _block_targets(model):
+        if target.role in ("up", "down"):
+            whole[target.name.rpartition(".")[0]].append(target)
+    return [
+        MLP(tuple(t for t in group if t.role == "up"), down)
+        for group in whole.values()
+        if chosen.issuperset(t.name for t in group)
+        for down in group
+        if down.role == "down"
+    ]
 
 
 def _by_set(model: PreTrainedModel, name: str) -> list[Target]:

@@ -101,10 +101,20 @@ def root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=floor).sqrt()
 
 
-def spectrum(weight: Tensor, metric: Metric) -> Tensor:
-    """Singular values of the whitened weight: rank R costs ½ Σ_{k>R} σ_k² nats a token."""
-    left, right = metric.roots
-    return torch.linalg.svdvals(left.T @ weight @ right)
+def low_rank_harm(weight: Tensor, metric: Metric) -> Tensor:
+    """The harm in nats a token of the best matrix of every rank, from 0 to min(m, n).
+
+    Half the sum of the squared singular values that are left of the whitened weight, from the
+    smaller of its two Gram matrices.
+    """
+    m, n = weight.shape
+    left, right = metric.outputs, metric.inputs
+    if m < n:
+        weight, left, right = weight.T, right, left
+    factor = torch.linalg.cholesky(right)
+    gram = factor.T @ (weight.T @ left @ weight) @ factor
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    return 0.5 * torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
 
 
 def low_rank(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:

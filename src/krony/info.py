@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from krony.families import find_targets
 from krony.kron import Shape
-from krony.modeling import Factored, config_of, quantised_of
+from krony.modeling import config_of, quantised_of
 from krony.packing import Quantised, stored_bytes
 from krony.plan import Plan
 
@@ -33,8 +33,8 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
     config = config_of(model)
     plan = Plan(()) if config is None else Plan.from_dict(config.plan)
     quantised = quantised_of(model)
-    rows = [] if config is None else _factored(model, plan, config.provenance)
-    saved = sum(r["dense_parameters"] - r["parameters"] for r in rows)
+    rows = [] if config is None else _factored(plan, config.provenance)
+    saved = sum(matrix.saved for matrix in plan.matrices)
     total = parameters(model)
     return {
         "architecture": type(model).__name__,
@@ -50,11 +50,9 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict[str, Any]]:
+def _factored(plan: Plan, provenance: dict) -> list[dict[str, Any]]:
     measured, rows = provenance.get("matrices", {}), []
     for matrix in plan.matrices:
-        layer = model.get_submodule(matrix.name)
-        assert isinstance(layer, Factored)
         rows.append(
             {
                 "name": matrix.name,
@@ -68,7 +66,8 @@ def _factored(model: PreTrainedModel, plan: Plan, provenance: dict) -> list[dict
                     }
                     for g in matrix.groups
                 ],
-                "layout": matrix.groups[0].layout,
+                "dense_shape": list(matrix.dense_shape or matrix.shape),
+                "layout": matrix.groups[0].layout if matrix.groups else None,
                 "scalars": matrix.scalars,
                 "parameters": matrix.parameters,
                 "dense_parameters": matrix.dense_parameters,

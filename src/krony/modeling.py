@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +28,7 @@ from krony.plan import MatrixPlan, Plan
 
 METHOD = "kronecker"
 Factored = KroneckerLinear | KroneckerEmbedding
+Plain = nn.Linear | Conv1D  # of a plan that only takes hidden units out
 
 
 class KroneckerConfig(QuantizationConfigMixin):
@@ -118,7 +120,9 @@ class KroneckerQuantizer(HfQuantizer):
         return {**weights, **self._guards()}, {}
 
     def _guards(self) -> dict[str, torch.Tensor]:
-        names = [matrix.name for matrix in Plan.from_dict(self.quantization_config.plan).matrices]
+        # Not of matrices that only lost hidden units: those fit no dense model as they are.
+        plan = Plan.from_dict(self.quantization_config.plan)
+        names = [matrix.name for matrix in plan.matrices if matrix.groups]
         if (quantised := self._quantised()) is not None:  # those that are not large factors
             names += [e.name for e in quantised.matrices if not _within(e.name, names)]
         return {f"{name}.weight": torch.empty(0) for name in names}
@@ -133,9 +137,11 @@ class KroneckerQuantizer(HfQuantizer):
         """Replace every factored or quantised layer by the ordinary one with the same dense weight.
 
         The sum of products is formed in float64 and rounded once, to `dtype` (default: the
-        dtype of the factors). What quantisation lost stays lost.
+        dtype of the factors). What quantisation lost stays lost. Hidden units that were taken out
+        come back as zeros, since the architecture has a place for them.
         """
-        for matrix in Plan.from_dict(self.quantization_config.plan).matrices:
+        plan = Plan.from_dict(self.quantization_config.plan)
+        for matrix in plan.matrices:
             layer = model.get_submodule(matrix.name)
             if isinstance(layer, KroneckerEmbedding):
                 _unfold_embedding(model, matrix.name, layer, dtype)
@@ -147,6 +153,9 @@ class KroneckerQuantizer(HfQuantizer):
                 weight = module.weight.dequantize()
                 dense = plain_layer(weight, module.bias, entry.conv1d)
                 model.set_submodule(entry.name, dense)
+        for matrix in plan.matrices:
+            if matrix.narrowed:
+                model.set_submodule(matrix.name, _widened(model.get_submodule(matrix.name), matrix))
         restore(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
@@ -223,7 +232,7 @@ def quantised_of(model: nn.Module) -> Quantised | None:
     return None if found is None else Quantised.from_dict(found)
 
 
-def install(model: PreTrainedModel, matrix: MatrixPlan, layer: Factored) -> None:
+def install(model: PreTrainedModel, matrix: MatrixPlan, layer: Factored | Plain) -> None:
     """Put a factored layer in the place of a dense one; a tied output matrix follows it.
 
     Tied factors are tied as transformers ties weights, parameter by parameter, so that they are
@@ -293,9 +302,13 @@ def build_layer(
     matrix: MatrixPlan,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Factored:
-    """The module that the plan describes, with random factors."""
+) -> Factored | Plain:
+    """The module that the plan describes, with random factors, or without any an ordinary one."""
     where: dict[str, Any] = {"device": device, "dtype": dtype}
+    if not matrix.groups:
+        (m, n) = matrix.shape
+        bias = torch.empty(m, **where) if matrix.bias else None
+        return plain_layer(torch.empty(m, n, **where), bias, matrix.conv1d)
     groups = [
         KroneckerGroup(
             g.large, g.small, g.terms, g.layout, matrix.scalars, g.interpolative, **where
@@ -306,6 +319,19 @@ def build_layer(
     if matrix.embedding:
         return KroneckerEmbedding(m, n, groups)
     return KroneckerLinear(n, m, groups, matrix.bias, **where)
+
+
+@torch.no_grad()
+def _widened(layer: Any, matrix: MatrixPlan) -> Plain:
+    """The layer with zeros for the hidden units that are gone, behind those that stayed."""
+    assert matrix.dense_shape is not None
+    (m, n), (most, wide) = matrix.shape, matrix.dense_shape
+    parts, weight, bias = matrix.parts, layer.weight, layer.bias
+    weight = (weight.T if matrix.conv1d else weight).unflatten(0, (parts, m // parts))
+    weight = F.pad(weight, (0, wide - n, 0, (most - m) // parts)).flatten(0, 1)
+    if bias is not None:
+        bias = F.pad(bias.unflatten(0, (parts, m // parts)), (0, (most - m) // parts)).flatten()
+    return plain_layer(weight, bias, matrix.conv1d)
 
 
 @torch.no_grad()

@@ -20,9 +20,12 @@ class MatrixPlan:
     """One matrix (m, n) and the groups of factors whose sum replaces it; none: it stays dense.
 
     Attributes:
+        shape: (m, n) of what replaces it, with the hidden units that stay.
         conv1d: stored transposed, in a transformers `Conv1D`.
         embedding: an input embedding, (tokens, model); its rows are looked up.
         tied: an embedding that is the output matrix too, whose factors both uses share.
+        dense_shape: (m, n) before hidden units of its MLP were taken out; None: all are there.
+        parts: how many hidden axes its rows are, one below the other (gate and up fused: two).
     """
 
     name: str
@@ -33,25 +36,44 @@ class MatrixPlan:
     conv1d: bool = False
     embedding: bool = False
     tied: bool = False
+    dense_shape: Shape | None = None
+    parts: int = 1
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether hidden units of its MLP are taken out."""
+        return self.dense_shape is not None
+
+    @property
+    def formed(self) -> int:
+        """Parameters of W itself, with the hidden units that stay: m·n."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def parameters(self) -> int:
         """Of the factors, learnable scalars included, the bias (which stays) not."""
         if not self.groups:
-            return self.dense_parameters
+            return self.formed
         scalars = sum(g.terms for g in self.groups) if self.scalars else 0
         return sum(g.parameters for g in self.groups) + scalars
 
     @property
     def dense_parameters(self) -> int:
-        """m·n."""
-        return self.shape[0] * self.shape[1]
+        """m·n of the dense matrix, with all hidden units."""
+        m, n = self.dense_shape or self.shape
+        return m * n
+
+    @property
+    def saved(self) -> int:
+        """Parameters that the model has less, biases of the units that are gone included."""
+        gone = self.dense_shape[0] - self.shape[0] if self.dense_shape and self.bias else 0
+        return self.dense_parameters - self.parameters + gone
 
     @property
     def multiply_adds(self) -> int:
         """Per token, factors kept apart."""
         if not self.groups:
-            return self.dense_multiply_adds
+            return self.formed_multiply_adds
         product = sum(g.multiply_adds for g in self.groups)
         if not self.embedding:
             return product
@@ -60,14 +82,19 @@ class MatrixPlan:
 
     @property
     def dense_multiply_adds(self) -> int:
-        """Per token with the dense matrix, or with W formed: a lookup alone takes none."""
+        """Per token with the dense matrix: a lookup alone takes none."""
         return 0 if self.embedding and not self.tied else self.dense_parameters
+
+    @property
+    def formed_multiply_adds(self) -> int:
+        """Per token with W formed."""
+        return 0 if self.embedding and not self.tied else self.formed
 
     @property
     def reads(self) -> int:
         """Parameters that one token reads: all of them, or the rows that are looked up."""
         if not self.groups:
-            return self.dense_reads
+            return self.shape[1] if self.embedding and not self.tied else self.formed
         if self.embedding and not self.tied:
             return sum(g.terms * (g.large[1] + g.small[1]) for g in self.groups)
         return self.parameters
@@ -80,11 +107,11 @@ class MatrixPlan:
     @property
     def forming(self) -> int:
         """Multiply-adds to form W, once a batch."""
-        return self.dense_parameters * sum(g.terms for g in self.groups)
+        return self.formed * sum(g.terms for g in self.groups)
 
     def check(self) -> None:
         """Raise `KronyError` unless every group multiplies to the matrix."""
-        if not self.groups:
+        if not self.groups and not self.narrowed:
             raise KronyError(f"{self.name} has no group of factors in the plan; give at least one")
         for group in self.groups:
             group.check()
@@ -125,7 +152,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return {"matrices": [asdict(m) for m in self.matrices]}
+        return {"matrices": [_entry(m) for m in self.matrices]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
@@ -150,6 +177,8 @@ class Plan:
                     conv1d=m["conv1d"],
                     embedding=m.get("embedding", False),
                     tied=m.get("tied", False),
+                    dense_shape=_pair(m["dense_shape"]) if m.get("dense_shape") else None,
+                    parts=m.get("parts", 1),
                 )
                 for m in data["matrices"]
             )
@@ -183,6 +212,14 @@ class Plan:
             raise KronyError(f"can't read the plan {path}: {error.strerror}") from error
 
 
+def _entry(matrix: MatrixPlan) -> dict[str, Any]:
+    """JSON-ready; what says that hidden units are gone only where they are."""
+    entry = asdict(matrix)
+    if not matrix.narrowed:
+        del entry["dense_shape"], entry["parts"]
+    return entry
+
+
 def matrix_plan(target: Target, groups: tuple[Factors, ...], scalars: bool = False) -> MatrixPlan:
     """The entry of a plan that gives these factors to that matrix."""
     return MatrixPlan(
@@ -194,6 +231,8 @@ def matrix_plan(target: Target, groups: tuple[Factors, ...], scalars: bool = Fal
         target.conv1d,
         target.role == "embedding",
         target.tied,
+        target.dense_shape,
+        target.parts if target.dense_shape else 1,
     )
 
 

@@ -24,6 +24,7 @@ from krony.kron import sum_to_dense
 from krony.layers import KroneckerLinear
 from krony.modeling import dense_layer
 from krony.plan import MatrixPlan, Plan
+from krony.width import Narrowed
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,15 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Factors of one matrix: (outer, inner) a group, its new bias, and the harm in nats a token."""
+    """Factors of one matrix: (outer, inner) a group, its new bias, and the harm in nats a token.
+
+    Without a group `weight` is the matrix itself, (m, n).
+    """
 
     pairs: list[tuple[Tensor, Tensor]]
     bias: Tensor | None
     harm: float
+    weight: Tensor | None = None
 
 
 @dataclass
@@ -112,14 +117,17 @@ def fit_matrix(
         moments = inputs.covariance if centred else inputs.second
         step = torch.linalg.solve(metric.inputs, (cross - weight @ moments).T).T
         wanted = weight + step
-    pairs, history = fit.groups(wanted, metric, matrix.groups)
+    pairs: list[fit.Pair] = []
+    harm, dense = 0.0, wanted
+    if matrix.groups:
+        pairs, history = fit.groups(wanted, metric, matrix.groups)
+        harm, dense = history[-1], sum_to_dense(pairs)
     if bias is not None and correct:
-        dense = sum_to_dense(pairs)
         goal = weight @ inputs.mean + bias
         if pairing is not None:
             goal = pairing.mean_out / inputs.tokens
         bias = goal - dense @ inputs.mean
-    return Fitted(pairs, bias, history[-1])
+    return Fitted(pairs, bias, harm, None if matrix.groups else wanted)
 
 
 def fit_plan(
@@ -131,15 +139,17 @@ def fit_plan(
     options: DataOptions,
     progress: Callable[[str, int, int], None] | None = None,
     embedded: PreTrainedModel | None = None,
+    narrow: Narrowed | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
     """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
 
     Args:
         windows: token ids (windows, window) that the inputs are taken from.
-        moments: of every planned matrix, from `calibrate.calibrate`.
+        moments: of every planned matrix, from `calibrate.calibrate`, or of those in `narrow`.
         install: makes the factored layer from the dense one, the plan and the fit.
         progress: called with (name, number from 1, how many).
         embedded: the model with its embedding factored already, whose hidden states to start from.
+        narrow: the model without the hidden units that the plan takes out, which is then fitted.
     Returns:
         The factored layer and its fit, by name.
     Raises:
@@ -147,6 +157,8 @@ def fit_plan(
     """
     done: dict[str, tuple[nn.Module, Fitted]] = {}
     planned = {matrix.name: matrix for matrix in plan.matrices}
+    start = model if narrow is None else narrow.model
+    rows = {} if narrow is None else narrow.rows
 
     def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
         entry, matrix = moments[name], planned[name]
@@ -169,7 +181,7 @@ def fit_plan(
 
     if not options.sequential:
         for name in planned:
-            solve(name, model.get_submodule(name), None)
+            solve(name, start.get_submodule(name), None)
         return done
 
     named = blocks(model)
@@ -190,7 +202,7 @@ def fit_plan(
         hidden = BlockStream(embedded, [blocks(embedded)[0][2]], windows, batch).hidden
     with torch.no_grad():
         for index, (block_name, _, dense) in enumerate(named[: last + 1]):
-            work = copy.deepcopy(dense)
+            work = copy.deepcopy(start.get_submodule(block_name))
             prefix = block_name + "."
             mine = [n.removeprefix(prefix) for n in inside if n.startswith(prefix)]
             after: list[Tensor] = []  # outputs of the dense block: the next one's inputs
@@ -200,15 +212,15 @@ def fit_plan(
                 )
                 home = moments[prefix + stage[0]].inputs.device
                 pairings = _pair(
-                    stream, index, dense, work, dense_hidden, hidden, after, stage, lift, home
-                )
+                    stream, index, dense, work, dense_hidden, hidden, after, stage, lift, home,
+                    {n: rows[prefix + n] for n in stage if prefix + n in rows},
+                )  # fmt: skip
                 for name, pairing in pairings.items():
-                    layer = dense.get_submodule(name)
-                    made = solve(prefix + name, layer, pairing)
+                    made = solve(prefix + name, start.get_submodule(prefix + name), pairing)
                     # Folded: for hundreds of windows many terms take longer than the dense matrix.
-                    assert isinstance(made, KroneckerLinear)
-                    conv1d = planned[prefix + name].conv1d
-                    work.set_submodule(name, dense_layer(made, conv1d))
+                    if isinstance(made, KroneckerLinear):
+                        made = dense_layer(made, planned[prefix + name].conv1d)
+                    work.set_submodule(name, made)
             if index < last:
                 dense_hidden = after or [stream.run(index, dense, h) for h in dense_hidden]
                 hidden = [stream.run(index, work, h) for h in hidden]
@@ -262,12 +274,14 @@ def _pair(
     stage: list[str],
     lift: bool,
     home: torch.device,
+    rows: dict[str, Tensor],
 ) -> dict[str, _Pairing]:
     """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches.
 
     With `lift`, for one matrix that writes to the residual stream, not with its outputs in `dense`
     but with those that would make the block's output that of `dense`. No forward goes further than
-    it must; the first one through `dense` does, and leaves the block's outputs in `after`.
+    it must; the first one through `dense` does, and leaves the block's outputs in `after`. Of a
+    matrix that writes fewer hidden units now, only the `rows` that stayed count.
     """
     originals = {name: dense.get_submodule(name) for name in stage}
     followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
@@ -289,6 +303,8 @@ def _pair(
         shared = next(iter(found.values())).inputs if found else Inputs.zeros(x.shape[-1], home)
         shared.add(x)
         for name, y in outputs.items():
+            if name in rows:
+                y = y[..., rows[name]]
             if name not in found:
                 found[name] = _Pairing.zeros(y.shape[-1], shared)
             found[name].add(x, y)

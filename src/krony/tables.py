@@ -15,6 +15,8 @@ from krony.limits import READ
 from krony.plan import Plan, matrix_plan
 from krony.schemes import Factors
 
+DENSE = "dense"
+
 
 def table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are figures."""
@@ -45,6 +47,13 @@ def factors_text(terms: int, large: Any, small: Any, interpolative: bool = False
     return f"{terms} x {sides(large)} by {sides(small)}{form}"
 
 
+def narrowed_text(shape: Any, dense_shape: Any) -> str:
+    """512x256, and where hidden units were taken out 512x256 of 1024x256."""
+    if dense_shape is None or tuple(dense_shape) == tuple(shape):
+        return sides(shape)
+    return f"{sides(shape)} of {sides(dense_shape)}"
+
+
 def plan_table(plan: Plan) -> Table:
     """A row a matrix: shapes, terms, parameters, multiply-adds."""
     made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
@@ -53,11 +62,11 @@ def plan_table(plan: Plan) -> Table:
         factors = " + ".join(
             factors_text(g.terms, g.large, g.small, g.interpolative) for g in m.groups
         )
-        rank = min(sum(g.rank for g in m.groups), *m.shape)
+        rank = min(sum(g.rank for g in m.groups) if m.groups else min(m.shape), *m.shape)
         made.add_row(
             m.name,
-            sides(m.shape),
-            factors,
+            narrowed_text(m.shape, m.dense_shape),
+            factors or DENSE,
             f"{rank:,}",
             f"{m.parameters:,}",
             percent(m.parameters / m.dense_parameters),
@@ -72,7 +81,7 @@ def _share(cost: float, dense: float) -> str:
 
 def saving(before: int, plan: Plan) -> str:
     """What a plan does to a model of `before` parameters, in two lines."""
-    after = before - plan.dense_parameters + plan.parameters
+    after = before - sum(m.saved for m in plan.matrices)
     return (
         f"\n{len(plan.matrices)} matrices: {plan.dense_parameters:,} parameters become "
         f"{plan.parameters:,} ({percent(plan.parameters / plan.dense_parameters)}), "
@@ -89,10 +98,11 @@ def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table
         dtype: of the model, for bytes.
     """
     whole = [*plan.matrices, *(matrix_plan(t, ()) for t in kept)]
-    counts = Counter(structure(m.groups) for m in whole)
+    counts = Counter(structure(m.groups, m.narrowed) for m in whole)
     kinds = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
     parameters = sum(m.dense_parameters for m in whole), sum(m.parameters for m in whole)
     adds = sum(m.dense_multiply_adds for m in whole), sum(m.multiply_adds for m in whole)
+    formed = sum(m.formed_multiply_adds for m in whole)
     reads = sum(m.dense_reads for m in whole), sum(m.reads for m in whole)
     forming = sum(m.forming for m in whole)
     before, after = (r + a / READ for r, a in zip(reads, adds, strict=True))
@@ -102,23 +112,23 @@ def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table
     name = f"bytes ({str(dtype).removeprefix('torch.')})"
     made.add_row(name, *(megabytes(size * p) for p in parameters), _share(*reversed(parameters)))
     made.add_row("multiply-adds a token", *(f"{a:,}" for a in adds), _share(*reversed(adds)))
-    once = f"{adds[0]:,} and {forming:,} a batch"
-    made.add_row("the same, W formed", f"{adds[0]:,}", once, _share(adds[0], adds[0]))
+    once = f"{formed:,} and {forming:,} a batch"
+    made.add_row("the same, W formed", f"{adds[0]:,}", once, _share(formed, adds[0]))
     made.add_row(
         "time to decode, in reads", f"{before:,.0f}", f"{after:,.0f}", _share(after, before)
     )
     return made
 
 
-def structure(groups: Sequence[Factors]) -> str:
+def structure(groups: Sequence[Factors], narrowed: bool = False) -> str:
     """The kind of the factors of one matrix: low rank, one term, or a sum, with the small side."""
-    names = [] if groups else ["dense"]
+    names = [] if groups else [DENSE]
     for g in groups:
         if is_low_rank(g):
             names.append("low rank")
         else:
             names.append(f"{'sum' if g.terms > 1 else 'one term'} with {sides(g.small)}")
-    return " and ".join(names)
+    return ("narrowed, " if narrowed else "") + " and ".join(names)
 
 
 def space_table(rows: list[dict[str, Any]], names: dict[tuple[int, ...], str]) -> Table:
@@ -163,8 +173,8 @@ def info_table(info: dict[str, Any]) -> Table:
         kept = row["norm_kept"]
         made.add_row(
             row["name"],
-            sides(row["shape"]),
-            factors + (", scalars" if row["scalars"] else ""),
+            narrowed_text(row["shape"], row["dense_shape"]),
+            (factors or DENSE) + (", scalars" if row["scalars"] else ""),
             f"{row['parameters']:,}",
             percent(row["parameters"] / row["dense_parameters"]),
             "-" if kept is None else percent(kept),
