@@ -17,20 +17,26 @@ import transformers
 import krony
 from krony import activations, bench, evaluate, info
 from krony.checkpoints import DTYPES, write_json
+from krony.families import find_targets
+from krony.plan import Plan, matrix_plan
 from krony.runtimes import Runner
+from krony.schemes import Factors
 from krony.speed import keep_memory
 from krony.tables import times
 
 # As transformers runs it, with the activation in eight operations; the others have it in one.
 STOCK = "dense, transformers' activation"
-# The paper's models by the shape of the large factor (c_fc's; c_proj gets its transpose).
-MODELS = {
+# The paper's models by the shape of the large factor (c_fc's; c_proj gets its transpose), and what
+# budgets make of MLPs: fewer hidden units, and low rank in what is left.
+MODELS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     STOCK: None,
     "81M, (1536, 384) x (2, 2)": {"shape": (1536, 384)},
     "81M, (768, 768) x (4, 1)": {"shape": (768, 768)},
     "96M, (1536, 768) x (2, 1)": {"shape": (1536, 768)},
     "92M-4, 4 of (1024, 256) x (3, 3)": {"shape": (1024, 256), "terms": 4},
+    "narrowed to a quarter": {"hidden": 768},
+    "narrowed to a half, low rank 256": {"hidden": 1536, "rank": 256},
 }
 REFERENCE = "dense"
 
@@ -38,10 +44,16 @@ REFERENCE = "dense"
 def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
     """GPT-2 small with so many layers, or it with factored MLPs."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=layers, n_positions=context)
+    made = dict(MODELS[name] or {})
+    hidden = made.pop("hidden", 4 * transformers.GPT2Config().n_embd)
+    config = transformers.GPT2Config(n_layer=layers, n_positions=context, n_inner=hidden)
     model = transformers.GPT2LMHeadModel(config).eval()
-    if MODELS[name] is not None:
-        krony.compress(model, krony.make_plan(model, **MODELS[name]), init="random")
+    if "rank" in made:
+        shapes = [(t, (t.shape[0], 1), (1, t.shape[1])) for t in find_targets(model, "mlp")]
+        plan = Plan(tuple(matrix_plan(t, (Factors(*s, made["rank"]),)) for t, *s in shapes))
+        krony.compress(model, plan, init="random")
+    elif made:
+        krony.compress(model, krony.make_plan(model, **made), init="random")
     elif name != STOCK:
         activations.fuse(model)
     return model

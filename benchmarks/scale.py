@@ -3,7 +3,7 @@
 What is repeated is measured on a part of it and extrapolated linearly: moments over a few windows,
 the algebra and the following of inputs in one block of twelve. Every row says which.
 
-python benchmarks/scale.py [--measured 4] [--parts moments algebra following]
+python benchmarks/scale.py [--measured 4] [--parts moments planning algebra following]
 """
 
 import argparse
@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import krony
-from krony import calibrate, fit
-from krony.budget import balanced_shapes, mixed, sized
+from krony import calibrate, fit, limits
+from krony.budget import balanced_shapes, mixed, price, sized
 from krony.checkpoints import write_json
 from krony.evaluate import environment
 from krony.factorise import DATA
@@ -27,7 +27,7 @@ from krony.families import Target, dense_weight, find_targets
 from krony.plan import Plan, matrix_plan
 from krony.speed import peak_bytes
 
-PARTS = ("moments", "algebra", "following")
+PARTS = ("moments", "planning", "algebra", "following")
 WINDOWS, BLOCKS = 128, 12
 
 
@@ -89,6 +89,19 @@ def main() -> None:
         }
         print(record["moments"], flush=True)
     moments = calibrate.calibrate(model, windows, [t.name for t in first])
+    if "planning" in arguments.parts:
+        # Of one block: the choice between blocks takes no time that shows.
+        most: dict[limits.Currency, float] = {
+            "parameters": 0.25 * sum(t.shape[0] * t.shape[1] for t in first)
+        }
+        rows = record["planning"] = {}
+        for name, narrow in (("with all units", False), ("narrowed", True)):
+            started = time.perf_counter()
+            prices = price(model, first, moments, most, narrow=narrow)
+            seconds = time.perf_counter() - started
+            rows[name] = {"measured_seconds_a_block": seconds, "seconds": seconds * BLOCKS}
+            print(name, rows[name], [t.shape for t in prices.targets], flush=True)
+        rows["peak_bytes"] = peak_bytes(model)
     if "algebra" in arguments.parts:
         rows = record["algebra"] = []
         for name in structures(first[0]):

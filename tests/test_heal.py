@@ -14,11 +14,12 @@ from krony import losses
 from krony.blocks import from_ids
 from krony.calibrate import captured
 from krony.errors import KronyError
-from krony.families import blocks
+from krony.families import blocks, find_targets
 from krony.heal import HealConfig, heal
 from krony.losses import PARTS
 from krony.objective import Objective, returning_loss
 from krony.optimizers import parameter_groups
+from krony.plan import matrix_plan
 from krony.recipe import RECIPES, Recipe
 from krony.training import COMPLETE, HealTrainer, Stopped, last_checkpoint
 
@@ -326,6 +327,26 @@ def test_lora_trains_adapters_and_leaves_none(tmp_path):
     assert changed
     assert all(name.endswith("large.weight") for name in changed)
     assert len(changed) == 4
+    saved = krony.save_model(model, tmp_path / "saved")
+    assert torch.equal(logits(krony.load_model(saved)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize("changes", [{}, {"freeze": "dense"}, {"recipe": "lora"}])
+def test_a_model_that_only_lost_hidden_units_heals(changes, tmp_path):
+    model = tiny("gpt2")
+    fewer = [matrix_plan(t.narrowed(64), ()) for t in find_targets(model, "mlp")]
+    windows = torch.stack([row["input_ids"] for row in text(16).with_format("torch")])
+    krony.compress(model, krony.Plan(tuple(fewer)), init="data", calibration=windows)
+    before = weights(model)
+    config = HealConfig(**{**CONFIG.__dict__, "learning_rate": 1e-2, **changes})
+    record = train(model, config, tmp_path / "run")
+    assert record.best < record.curve[0]["held_out"]
+    changed = {n for n, value in weights(model).items() if not torch.equal(value, before[n])}
+    matrices = {f"{m.name}.weight" for m in fewer}
+    assert changed >= matrices
+    if changes:
+        assert changed <= matrices | {f"{m.name}.bias" for m in fewer}
     saved = krony.save_model(model, tmp_path / "saved")
     assert torch.equal(logits(krony.load_model(saved)), logits(model))
 

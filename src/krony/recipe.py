@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from krony import losses
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerLinear
+from krony.modeling import config_of
 from krony.packing import is_quantised
+from krony.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,16 @@ RECIPES: dict[str, Callable[[int, int], Recipe]] = {
 
 
 def factored_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose weight is a sum of Kronecker products."""
-    kinds = (KroneckerLinear, KroneckerEmbedding)
-    return [m for m in model.modules() if isinstance(m, kinds)]
+    """The layers whose weight is a sum of Kronecker products, or has fewer hidden units."""
+    kinds, narrow = (KroneckerLinear, KroneckerEmbedding), narrowed_layers(model)
+    return [m for name, m in model.named_modules() if isinstance(m, kinds) or name in narrow]
+
+
+def narrowed_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that are dense but for the hidden units that they lost."""
+    config = config_of(model)
+    plan = Plan(()) if config is None else Plan.from_dict(config.plan)
+    return [matrix.name for matrix in plan.matrices if not matrix.groups]
 
 
 def check_unquantised(model: nn.Module) -> None:
@@ -116,7 +125,7 @@ def freeze_dense(model: nn.Module) -> None:
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """LoRA adapters on the large factors; everything else is frozen.
+    """LoRA adapters on the large factors and on `narrowed_layers`; everything else is frozen.
 
     Raises:
         KronyError: peft is not installed.
@@ -132,6 +141,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         if isinstance(m, KroneckerLinear) and m is not head
         for i in range(len(m.groups))
     ]
+    names += narrowed_layers(model)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     inject_adapter_in_model(config, model)
 
