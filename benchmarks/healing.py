@@ -29,6 +29,7 @@ from krony.speed import keep_memory
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
+PLANNED = ("budget", "mix")
 COMPARISON = "comparison"  # one plain recipe for all starts and losses
 
 
@@ -42,7 +43,11 @@ RECIPES[COMPARISON] = comparison
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: how the quarter-size MLPs start, and what they are trained on."""
+    """One run: how the quarter-size MLPs start, and what they are trained on.
+
+    "budget" is what the planner finds; "mix" what it finds with all hidden units, low rank beside
+    balanced sums; "narrowed" fewer units and nothing factored.
+    """
 
     start: str
     loss: str
@@ -60,20 +65,24 @@ CELLS = [
     Cell("whitened SVD", "kl"),
     Cell("low rank", "kl"),
     Cell("balanced sum", "kl"),
-    Cell("budget", "kl"),
+    Cell("mix", "kl"),
     Cell("narrowed", "kl"),
+    Cell("budget", "kl"),
+    Cell("mix", "kl", "default"),
     Cell("budget", "kl", "default"),
     Cell("budget", "kl+features", "default"),
+    Cell("mix", "kl+features", "default"),
+    Cell("narrowed", "kl+features", "default"),
     Cell("balanced sum", "kl+features", "default"),
     Cell("low rank", "kl+features", "default"),
     Cell("whitened SVD", "kl+features", "default"),
-    Cell("narrowed", "kl+features", "default"),
     Cell("van-loan-scaled", "kl+features", "default"),
+    Cell("mix", "ce"),
+    Cell("narrowed", "ce"),
     Cell("budget", "ce"),
     Cell("whitened SVD", "ce"),
     Cell("low rank", "ce"),
     Cell("balanced sum", "ce"),
-    Cell("narrowed", "ce"),
     Cell("one term", "kl"),
     Cell("one term", "ce"),
     Cell("van-loan", "ce"),
@@ -85,10 +94,9 @@ CELLS = [
     Cell("dense", "ce"),
     Cell("van-loan-scaled", "ce", "krony-pt"),
     Cell("van-loan-scaled", "ce", "default"),
-    Cell("budget", "ce", "krony-pt"),
+    Cell("mix", "ce+kl"),
     Cell("budget", "kl+features"),
-    Cell("budget", "ce+kl"),
-    Cell("budget", "kl+features", "lora"),
+    Cell("mix", "kl+features", "lora"),
 ]
 
 
@@ -100,13 +108,13 @@ def started(start: str, folder: Path) -> transformers.PreTrainedModel:
     if not path.exists():
         model = krony.load_model("demo", torch.float32)
         windows, moments = None, None
-        if start == "budget" or start in starts.BY_DATA:
+        if start in (*PLANNED, *starts.BY_DATA):
             tokenizer = krony.load_tokenizer("demo")
             windows = calibrate.calibration_windows(
                 "python-docstrings", model, tokenizer, CALIBRATION
             )
-        if start == "budget":
-            budget = make_budget_plan(model, windows, share=0.25)
+        if start in PLANNED:
+            budget = make_budget_plan(model, windows, share=0.25, narrow=start == "budget")
             found, moments = starts.Start(budget.plan, DATA), budget.moments
         elif start == "prune, half":
             found = starts.named(model, "prune", 0.5)
