@@ -94,7 +94,10 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     svd = starts.named(model, starts.WHITENED, share)
     low_rank = uniform(lambda t: sized((t.shape[0], 1), (1, t.shape[1]), share))
     sums = uniform(lambda t: sized(*balanced_shapes(t.shape), share))
-    found = make_budget_plan(model, bench.windows, share=share, moments=bench.moments)
+    narrow = starts.named(model, starts.NARROW, share)
+    known: dict[str, Any] = {"share": share, "moments": bench.moments}
+    units = make_budget_plan(model, bench.windows, narrow=False, **known)
+    found = make_budget_plan(model, bench.windows, **known)
     return [
         bench.measure("paper, van-loan", paper, "van-loan"),
         bench.measure("paper, van-loan-scaled", paper, "van-loan-scaled"),
@@ -102,6 +105,8 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
         bench.measure(starts.WHITENED, svd.plan, svd.init, svd.options),
         bench.measure("low rank, data", low_rank, DATA),
         bench.measure("balanced sum, data", sums, DATA),
+        bench.measure("narrowed, data", narrow.plan, narrow.init),
+        {**bench.measure("budget, all units", units.plan, DATA), "predicted_nats": units.harm},
         {**bench.measure("budget, data", found.plan, DATA), "predicted_nats": found.harm},
     ]
 
@@ -134,7 +139,10 @@ def whole(bench: Bench) -> list[dict[str, Any]]:
         )
         row = bench.measure(target, found.plan, DATA)
         kinds = {
-            m.name: [tables.structure(m.groups), round(m.parameters / m.dense_parameters, 3)]
+            m.name: [
+                tables.structure(m.groups, m.narrowed),
+                round(m.parameters / m.dense_parameters, 3),
+            ]
             for m in found.plan.matrices
         }
         rows.append({**row, "predicted_nats": found.harm, "matrices": kinds})
