@@ -227,7 +227,7 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
     model, points, ways = bench.model(), [], []
     for mlp in mlps(model, bench.targets):
         matrices = [
-            Matrix(t, dense_weight(model.get_submodule(t.name)).detach().double(), moments)
+            Matrix(t, dense_weight(model.get_submodule(t.name)), moments)
             for t in mlp.targets
             if (moments := bench.moments[t.name])
         ]

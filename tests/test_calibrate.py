@@ -314,7 +314,7 @@ def test_the_budget_goes_where_the_harm_is():
             for c in budgets.make_candidates(
                 budgets.Matrix(
                     t,
-                    dense_weight(model.get_submodule(t.name)).detach().double(),
+                    dense_weight(model.get_submodule(t.name)),
                     found.moments[t.name],
                 ),
                 "size",

@@ -41,11 +41,16 @@ PRICING_STEPS = 3  # of L-BFGS: enough to compare, the final fit takes more
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix as far as pricing goes: what it is, its weight in float64, and its moments."""
+    """One matrix as far as pricing goes: what it is, its weight as stored, and its moments."""
 
     target: Target
-    weight: torch.Tensor
+    stored: torch.Tensor
     moments: Moments
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(m, n), float64, where the moments are; made anew, so that only one takes memory."""
+        return self.stored.detach().double().to(self.moments.inputs.device)
 
     @property
     def metric(self) -> fit.Metric:
@@ -74,13 +79,11 @@ def make_candidates(matrix: Matrix, objective: str) -> list[Candidate]:
     """
     target, found = matrix.target, low_rank_candidates(matrix)
     if objective != "throughput" and balanced_shapes(target.shape)[1] != (1, 1):
-        metric = matrix.metric
+        weight, metric = matrix.weight, matrix.metric
         for part in LOW_RANK_PARTS:
             fitted = [mixed(target.shape, share, part) for share in FITTED_SHARES]
             costs = [sum(g.parameters for g in groups) for groups in fitted]
-            harms = [
-                fit.groups(matrix.weight, metric, g, steps=PRICING_STEPS)[1][-1] for g in fitted
-            ]
+            harms = [fit.groups(weight, metric, g, steps=PRICING_STEPS)[1][-1] for g in fitted]
             logs = [math.log(max(harm, 1e-300)) for harm in harms]
             for groups in dict.fromkeys(mixed(target.shape, share, part) for share in SHARES):
                 cost = sum(g.parameters for g in groups)
@@ -221,14 +224,14 @@ def price(
     rows: dict[str, list[Candidate]] = {}
     inner: dict[str, Matrix] = {}
     for found in targets:
-        weight = dense_weight(model.get_submodule(found.name)).detach().double()
+        weight = dense_weight(model.get_submodule(found.name))
         entry = moments[found.name]
         if isinstance(entry, RowMetric):
-            priced = embedding.candidates(found, weight.cpu(), entry)
+            priced = embedding.candidates(found, weight.detach().double().cpu(), entry)
             rows[found.name] = [candidate(found, (), 0.0)]
             rows[found.name] += [candidate(found, (f,), harm) for f, harm in priced]
         else:
-            inner[found.name] = Matrix(found, weight.to(entry.inputs.device), entry)
+            inner[found.name] = Matrix(found, weight, entry)
     lost = 0.0
     if narrow:
         exact = calibrate.full_precision(model)  # rounding must not look like a difference
@@ -278,11 +281,11 @@ def _narrowed(
     ways: list[list[tuple[Candidate, int]]] = []
     for number, mlp in enumerate(mlps, 1):
         down = matrices[mlp.down.name]
-        metric = down.metric
-        orders.append(width.elimination(down.weight, metric))
+        weight, metric = down.weight, down.metric
+        orders.append(width.elimination(weight, metric))
         ways.append([])
         for hidden in widths(mlp.down.hidden):
-            units = width.narrow(down.weight, metric, orders[-1], hidden)
+            units = width.narrow(weight, metric, orders[-1], hidden)
             mine = (with_units(matrices[t.name], units) for t in mlp.targets)
             priced = _hull([low_rank_candidates(matrix) for matrix in mine])
             ways[-1] += [(_with_harm(c, units.harm, objective), hidden) for c in priced]
@@ -316,7 +319,7 @@ def with_units(matrix: Matrix, units: width.Narrow) -> Matrix:
     if target.role == "down":
         return Matrix(made, units.down, width.down_moments(matrix.moments, units.kept))
     rows = width.rows_of(units.kept, target.hidden, target.parts)
-    return Matrix(made, matrix.weight[rows], width.up_moments(matrix.moments, rows))
+    return Matrix(made, matrix.stored[rows], width.up_moments(matrix.moments, rows))
 
 
 def _hull(priced: list[list[Candidate]]) -> list[Candidate]:

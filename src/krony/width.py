@@ -144,7 +144,9 @@ def narrowed(
     found = Narrowed(model, dict(moments), {})
     if not any(matrix.narrowed for matrix in plan.matrices):
         return found
-    found = replace(found, model=copy.deepcopy(model))
+    # A model of its own, but with the same parameters where none are taken out.
+    same = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    found = replace(found, model=copy.deepcopy(model, same))
     for ups, matrix in _groups(plan):
         layer: Any = found.model.get_submodule(matrix.name)
         entry = moments[matrix.name]
