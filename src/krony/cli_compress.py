@@ -137,7 +137,10 @@ def compress_command(
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
-    method = init.value if init else (DATA if budget else DEFAULT_INIT.value)
+    plan = None if plan_file is None else Plan.read(plan_file)
+    # Which hidden units a plan takes out only data can say.
+    by_data = bool(budget) or (plan is not None and any(m.narrowed for m in plan.matrices))
+    method = init.value if init else (DATA if by_data else DEFAULT_INIT.value)
     tokens = found = None
     if budget or method == DATA:
         tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
@@ -145,9 +148,7 @@ def compress_command(
         found = _find(model, tokens, budget, seed)
         plan = found.plan
         out.print(tables.plan_table(plan))
-    elif plan_file is not None:
-        plan = Plan.read(plan_file)
-    else:
+    elif plan is None:
         plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
     with progress_bar() as bar:
         task = bar.add_task("Factorising", total=len(plan.matrices))
