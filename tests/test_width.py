@@ -11,11 +11,11 @@ import transformers as hf
 from torch import nn
 
 from helpers import FAMILIES, logits, tiny
-from krony import KronyError, Plan, compress, fit, info, width
+from krony import Factors, KronyError, Plan, compress, fit, info, width
 from krony.budget import make_budget_plan, widths
 from krony.calibrate import calibrate
 from krony.families import dense_weight, find_targets, mlps
-from krony.modeling import config_of
+from krony.modeling import config_of, quantised_of
 from krony.plan import matrix_plan
 from krony.quantize import quantize
 from krony.sequential import DataOptions
@@ -280,6 +280,17 @@ def test_narrow_models_are_quantised_and_fold_back(to, tmp_path):
     again.dequantize()
     assert again.model.layers[0].mlp.down_proj.weight.shape == (32, 48)
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_that_is_only_narrow_is_quantised_beside_factors():
+    model = tiny("gpt2")
+    fewer = [t.narrowed(64) for t in find_targets(model, "mlp")]
+    low_rank = (Factors((32, 1), (1, 64), 4),)
+    plan = [matrix_plan(t, low_rank if t.role == "down" else ()) for t in fewer]
+    compress(model, Plan(tuple(plan)), init="data", calibration=WINDOWS)
+    names = {m.name for m in quantised_of(quantize(model, "int8")).matrices}
+    layers = [f"transformer.h.{i}.mlp" for i in (0, 1)]
+    assert names == {f"{n}.c_fc" for n in layers} | {f"{n}.c_proj.groups.0.large" for n in layers}
 
 
 def test_without_krony_a_narrow_model_stops_instead_of_loading_noise(tmp_path):

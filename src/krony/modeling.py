@@ -225,6 +225,13 @@ def config_of(model: nn.Module) -> KroneckerConfig | None:
     return quantizer.quantization_config if isinstance(quantizer, KroneckerQuantizer) else None
 
 
+def narrowed_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that are dense but for the hidden units that they lost."""
+    config = config_of(model)
+    plan = Plan(()) if config is None else Plan.from_dict(config.plan)
+    return [matrix.name for matrix in plan.matrices if not matrix.groups]
+
+
 def quantised_of(model: nn.Module) -> Quantised | None:
     """What was quantised in a model, and to what; None where nothing is."""
     config = config_of(model)

@@ -11,7 +11,7 @@ from krony import packing
 from krony.errors import KronyError
 from krony.families import dense_weight, find_targets
 from krony.layers import KroneckerGroup, KroneckerLinear
-from krony.modeling import KroneckerConfig, attach, config_of, quantised_of
+from krony.modeling import KroneckerConfig, attach, config_of, narrowed_layers, quantised_of
 from krony.packing import Packed, Quantised
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -88,7 +88,7 @@ def _chosen(model: PreTrainedModel) -> dict[str, bool]:
     except KronyError:
         if not found:
             raise
-        targets = []  # every MLP is factored
-    for target in targets:
-        found[target.name] = isinstance(model.get_submodule(target.name), Conv1D)
+        targets = []  # no MLP is dense as a whole
+    for name in (*narrowed_layers(model), *(target.name for target in targets)):
+        found[name] = isinstance(model.get_submodule(name), Conv1D)
     return found

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from krony import losses
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerLinear
-from krony.modeling import config_of
+from krony.modeling import narrowed_layers
 from krony.packing import is_quantised
-from krony.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,6 @@ def factored_layers(model: nn.Module) -> list[nn.Module]:
     """The layers whose weight is a sum of Kronecker products, or has fewer hidden units."""
     kinds, narrow = (KroneckerLinear, KroneckerEmbedding), narrowed_layers(model)
     return [m for name, m in model.named_modules() if isinstance(m, kinds) or name in narrow]
-
-
-def narrowed_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that are dense but for the hidden units that they lost."""
-    config = config_of(model)
-    plan = Plan(()) if config is None else Plan.from_dict(config.plan)
-    return [matrix.name for matrix in plan.matrices if not matrix.groups]
 
 
 def check_unquantised(model: nn.Module) -> None:
