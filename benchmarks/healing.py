@@ -99,6 +99,12 @@ CELLS = [
     Cell("mix", "kl+features", "lora"),
 ]
 
+# All starts with KL, the paper's with its own loss, and the best.
+DRAWN = {
+    *(cell.name for cell in CELLS if cell.loss == "kl" and cell.recipe == COMPARISON),
+    *("van-loan-scaled, ce", "mix, kl+features, default", "budget, kl+features, default"),
+} - {"prune, half, kl", "random, kl"}
+
 
 def started(start: str, folder: Path) -> transformers.PreTrainedModel:
     """The packaged model with its MLPs factored, made once and kept in `folder`."""
@@ -204,7 +210,11 @@ def summary(folder: Path, tokens: int, spelled: str) -> None:
             f"| {r['before']['topics']:,.1f} | {r['after']['topics']:.2f} "
             f"| {r['against_dense']['topics']:.3f}x | {r['against_dense']['docstrings']:.3f}x |"
         )
-    runs = {r["cell"]: r["curve"] for r in records if r["tokens"] == tokens and r["seed"] == 0}
+    runs = {
+        r["cell"]: r["curve"]
+        for r in records
+        if r["tokens"] == tokens and r["seed"] == 0 and r["cell"] in DRAWN
+    }
     if not runs:
         return
     # Those far behind would leave no room for the others.
