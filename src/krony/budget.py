@@ -237,10 +237,11 @@ def price(
         exact = calibrate.full_precision(model)  # rounding must not look like a difference
         mlps = [mlp for mlp in families.mlps(model, targets) if width.can_narrow(exact, mlp)]
         del exact
-        told = progress and partial(progress, "Narrowing")
-        narrowed = _narrowed(mlps, inner, rows, most, objective, told)
-        inner |= narrowed.matrices
-        lost = narrowed.harm
+        if mlps:
+            told = progress and partial(progress, "Narrowing")
+            narrowed = _narrowed(mlps, inner, rows, most, objective, told)
+            inner |= narrowed.matrices
+            lost = narrowed.harm
     for number, (name, matrix) in enumerate(inner.items(), 1):
         rows[name] = make_candidates(matrix, objective)
         if progress is not None:
