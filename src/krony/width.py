@@ -24,6 +24,7 @@ from krony.modeling import plain_layer
 from krony.plan import MatrixPlan, Plan
 
 STEP = 64  # one in so many of the units goes before P is brought up to date everywhere
+KEPT = 0.85  # of the units: with fewer left, those that are gone leave memory too
 POOL = 4  # times as many are looked at, and among these P is always up to date
 
 
@@ -32,20 +33,24 @@ def elimination(weight: Tensor, metric: Metric) -> Tensor:
     inverse = torch.linalg.inv(metric.inputs)
     columns = torch.linalg.cholesky(metric.outputs).T @ weight
     left = torch.arange(weight.shape[1], device=weight.device)
-    gone = []
-    while len(left) > 1:
-        count = max(1, len(left) // STEP)
-        harm = columns.square().sum(0) / inverse.diagonal()
-        pool = harm.topk(min(len(left), POOL * count), largest=False).indices
-        out = pool[_greedy(inverse[pool][:, pool], columns[:, pool], count)]
+    dead = torch.zeros_like(left, dtype=torch.bool)
+    gone: list[Tensor] = []
+    while (count := int((~dead).sum())) > 1:
+        if count < KEPT * len(left):  # what is gone was only zeroed so far
+            stay = (~dead).nonzero().flatten()
+            left, dead = left[stay], dead[stay]
+            inverse = inverse.index_select(0, stay).index_select(1, stay)
+            columns = columns.index_select(1, stay)
+        harm = (columns.square().sum(0) / inverse.diagonal()).masked_fill_(dead, torch.inf)
+        some = max(1, count // STEP)
+        pool = harm.topk(min(count, POOL * some), largest=False).indices
+        out = pool[_greedy(inverse[pool][:, pool], columns[:, pool], some)]
         gone.append(left[out])
-        stay = torch.ones_like(left, dtype=torch.bool)
-        stay[out] = False
-        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
-        columns = columns[:, stay] - columns[:, out] @ share
-        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ share
-        left = left[stay]
-    return torch.cat([*gone, left])
+        share = torch.linalg.solve(inverse[out][:, out], inverse[out])
+        columns.addmm_(columns[:, out], share, alpha=-1)
+        inverse.addmm_(inverse[:, out], share, alpha=-1)
+        dead[out] = True
+    return torch.cat([*gone, left[~dead]])
 
 
 def _greedy(inverse: Tensor, columns: Tensor, count: int) -> Tensor:
