@@ -4,7 +4,8 @@ Each matrix is fitted to what it is for: given the inputs x̃ that it will reall
 whose earlier matrices are compressed already, come as close as possible to the outputs y of the
 dense model, weighed by what the loss makes of them (fit.py). With K = Cov(y, x̃) and C = Cov(x̃) the
 best unconstrained matrix is K C⁻¹, and the harm of a factored one is counted from there; the bias
-then removes the mean error exactly.
+then removes the mean error exactly. Where a plan takes hidden units out, they are gone before the
+first fit, and a matrix without factors becomes K C⁻¹ itself.
 """
 
 import copy
