@@ -330,8 +330,8 @@ def _hull(priced: list[list[Candidate]]) -> list[Candidate]:
     costs = [np.array([c.parameters for c in row], dtype=float) for row in priced]
     harms = [np.array([c.harm for c in row]) for row in priced]
     highest = max(float(h.max()) for h in harms) / min(float(c.min()) for c in costs)
-    for price in highest * PRICES:
-        best = tuple(int((h + price * c).argmin()) for h, c in zip(harms, costs, strict=True))
+    for each in highest * PRICES:
+        best = tuple(int((h + each * c).argmin()) for h, c in zip(harms, costs, strict=True))
         if best not in found:
             taken = [row[i] for row, i in zip(priced, best, strict=True)]
             found[best] = Candidate(
