@@ -262,6 +262,13 @@ def test_what_is_refused():
         cut(model)
 
 
+@pytest.mark.parametrize("changes", [{"shape": (128, 32)}, {"parts": 0}, {"parts": 7}])
+def test_a_plan_that_no_taking_out_could_make_is_refused(changes):
+    entry = replace(narrow_plan(tiny("phi3")).matrices[0], **changes)
+    with pytest.raises(KronyError, match="which taking hidden units out can't"):
+        Plan.from_json(Plan((entry,)).to_json())
+
+
 def test_a_plan_travels():
     plan = narrow_plan(tiny("phi3"))
     assert Plan.from_json(plan.to_json()) == plan

@@ -113,6 +113,13 @@ class MatrixPlan:
         """Raise `KronyError` unless every group multiplies to the matrix."""
         if not self.groups and not self.narrowed:
             raise KronyError(f"{self.name} has no group of factors in the plan; give at least one")
+        if self.dense_shape is not None:
+            (m, n), (most, wide) = self.shape, self.dense_shape
+            if m > most or n > wide or self.parts < 1 or m % self.parts or most % self.parts:
+                raise KronyError(
+                    f"the plan makes {self.name} {m}x{n} of {most}x{wide} in {self.parts} parts, "
+                    "which taking hidden units out can't; make the plan with --budget"
+                )
         for group in self.groups:
             group.check()
             kron.check_scalars(self.scalars, group.interpolative)
