@@ -234,30 +234,25 @@ def price(
             inner[found.name] = Matrix(found, weight, entry)
     lost = 0.0
     if narrow:
-        exact = calibrate.full_precision(model)  # rounding must not look like a difference
-        mlps = [mlp for mlp in families.mlps(model, targets) if width.can_narrow(exact, mlp)]
-        del exact
+        mlps = families.mlps(model, targets)
+        if mlps:
+            exact = calibrate.full_precision(model)  # rounding must not look like a difference
+            mlps = [mlp for mlp in mlps if width.can_narrow(exact, mlp)]
+            del exact
         if mlps:
             told = progress and partial(progress, "Narrowing")
-            narrowed = _narrowed(mlps, inner, rows, most, objective, told)
-            inner |= narrowed.matrices
-            lost = narrowed.harm
+            fewer, lost = _narrowed(mlps, inner, rows, most, objective, told)
+            inner |= fewer
     for number, (name, matrix) in enumerate(inner.items(), 1):
         rows[name] = make_candidates(matrix, objective)
         if progress is not None:
             progress("Pricing", number, len(inner))
-    fewer = [inner[t.name].target if t.name in inner else t for t in targets]
-    return Prices(fewer, [rows[t.name] for t in targets], lost)
+    left = [inner[t.name].target if t.name in inner else t for t in targets]
+    return Prices(left, [rows[t.name] for t in targets], lost)
 
 
 def _stays(target: Target, chosen: Candidate) -> bool:
     return not chosen.groups and target.dense_shape is None
-
-
-@dataclass(frozen=True)
-class _Narrowed:
-    matrices: dict[str, Matrix]
-    harm: float
 
 
 def _narrowed(
@@ -267,8 +262,9 @@ def _narrowed(
     most: dict[Currency, float],
     objective: str,
     progress: Callable[[int, int], None] | None,
-) -> _Narrowed:
-    """The matrices of every MLP with the hidden units that the budget leaves it.
+) -> tuple[dict[str, Matrix], float]:
+    """The matrices of every MLP with the hidden units that the budget leaves it, and the harm of
+    those that are gone.
 
     All matrices of an MLP lose the same units, so that its candidates are its widths, each with the
     best low rank of every matrix at many prices. What these will really get is found afterwards.
@@ -301,13 +297,13 @@ def _narrowed(
         units = width.narrow(down.weight, down.metric, order, hidden)
         found |= {t.name: with_units(matrices[t.name], units) for t in mlp.targets}
         harm += units.harm
-    return _Narrowed(found, harm)
+    return found, harm
 
 
 def widths(hidden: int) -> list[int]:
     """The numbers of hidden units that are tried: sixteenths, or the nearest multiple of 8."""
     unit = 1 if hidden % 16 == 0 else 8
-    tried = {max(unit, round(hidden * part / 16 / unit) * unit) for part in WIDTHS if part < 16}
+    tried = {max(unit, round(hidden * part / 16 / unit) * unit) for part in WIDTHS}
     return [hidden, *sorted((w for w in tried if w < hidden), reverse=True)]
 
 

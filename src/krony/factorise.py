@@ -241,7 +241,7 @@ def _by_data(
         moments = collect(work, calibration, names, list(ends.values()), options.gradients, seed)
     fitted: dict[str, tuple[Any, float]] = {}
     embedded = None
-    narrow = None
+    start = work
     for matrix in plan.matrices:
         metric = moments[matrix.name]
         if isinstance(metric, RowMetric):
@@ -260,9 +260,10 @@ def _by_data(
         calibrate.check_tokens(within)
         narrow = width.narrowed(work, inner, within, options.bias, options.centred)
         found = fit_plan(
-            work, inner, calibration, narrow.moments, _install, options,
-            progress=progress, embedded=embedded, narrow=narrow,
+            work, inner, calibration, narrow, _install, options,
+            progress=progress, embedded=embedded,
         )  # fmt: skip
+        start = narrow.model
         fitted |= {name: (layer, fit.harm) for name, (layer, fit) in found.items()}
     layers: Layers = {}
     errors: Errors = {}
@@ -272,10 +273,9 @@ def _by_data(
             module = model.get_submodule(matrix.name)
             weight = dense_weight(module)
             layers[matrix.name] = layer.to(weight.device, weight.dtype).train(module.training)
-            if matrix.narrowed and narrow is not None:
-                weight = dense_weight(narrow.model.get_submodule(matrix.name))
+            dense = dense_weight(start.get_submodule(matrix.name)).detach().double()
             errors[matrix.name] = {
-                **_measure(weight.detach().double(), layers[matrix.name]),
+                **_measure(dense, layers[matrix.name]),
                 "harm": round(harm, 8),
             }
     return layers, errors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony import calibrate, fit
-from krony.calibrate import BlockStream, Inputs, Moments
+from krony.calibrate import BlockStream, Inputs
 from krony.errors import KronyError
 from krony.families import blocks, dense_weight
 from krony.kron import sum_to_dense
@@ -135,22 +135,21 @@ def fit_plan(
     model: PreTrainedModel,
     plan: Plan,
     windows: Tensor,
-    moments: dict[str, Moments],
+    narrow: Narrowed,
     install: Callable[[nn.Module, MatrixPlan, Fitted], nn.Module],
     options: DataOptions,
     progress: Callable[[str, int, int], None] | None = None,
     embedded: PreTrainedModel | None = None,
-    narrow: Narrowed | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
     """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
 
     Args:
         windows: token ids (windows, window) that the inputs are taken from.
-        moments: of every planned matrix, from `calibrate.calibrate`, or of those in `narrow`.
+        narrow: the model without the hidden units that the plan takes out, which is fitted to the
+            whole one, with the moments of every planned matrix (`width.narrowed`).
         install: makes the factored layer from the dense one, the plan and the fit.
         progress: called with (name, number from 1, how many).
         embedded: the model with its embedding factored already, whose hidden states to start from.
-        narrow: the model without the hidden units that the plan takes out, which is then fitted.
     Returns:
         The factored layer and its fit, by name.
     Raises:
@@ -158,8 +157,7 @@ def fit_plan(
     """
     done: dict[str, tuple[nn.Module, Fitted]] = {}
     planned = {matrix.name: matrix for matrix in plan.matrices}
-    start = model if narrow is None else narrow.model
-    rows = {} if narrow is None else narrow.rows
+    start, moments, rows = narrow.model, narrow.moments, narrow.rows
 
     def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
         entry, matrix = moments[name], planned[name]

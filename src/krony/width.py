@@ -20,7 +20,7 @@ from krony.calibrate import Inputs, Moments
 from krony.errors import KronyError
 from krony.families import MLP, PROBE, dense_weight
 from krony.fit import Metric
-from krony.modeling import plain_layer
+from krony.modeling import Plain, plain_layer
 from krony.plan import MatrixPlan, Plan
 
 STEP = 64  # one in so many of the units goes before P is brought up to date everywhere
@@ -173,11 +173,16 @@ def narrowed(
             layer = found.model.get_submodule(up.name)
             rows = rows_of(units.kept, hidden, up.parts)
             found.rows[up.name] = rows.to(layer.weight.device)
-            weight = dense_weight(layer)[found.rows[up.name]]
-            new_bias = None if layer.bias is None else layer.bias[found.rows[up.name]]
-            found.model.set_submodule(up.name, plain_layer(weight, new_bias, up.conv1d))
+            fewer = _with_rows(layer, found.rows[up.name], up.conv1d)
+            found.model.set_submodule(up.name, fewer)
             found.moments[up.name] = up_moments(moments[up.name], rows)
     return found
+
+
+def _with_rows(layer: Any, rows: Tensor, conv1d: bool) -> Plain:
+    """The layer with these of its outputs only."""
+    bias = None if layer.bias is None else layer.bias[rows]
+    return plain_layer(dense_weight(layer)[rows], bias, conv1d)
 
 
 def _groups(plan: Plan) -> list[tuple[list[MatrixPlan], MatrixPlan]]:
@@ -227,13 +232,12 @@ def can_narrow(model: PreTrainedModel, mlp: MLP) -> bool:
         handle.remove()
     try:
         for target in mlp.targets:
-            weight, bias = dense_weight(layers[target.name]), layers[target.name].bias
+            layer = layers[target.name]
             if target.role == "down":
-                weight = weight[:, kept]
+                fewer = plain_layer(dense_weight(layer)[:, kept], layer.bias, target.conv1d)
             else:
-                rows = rows_of(kept, hidden, target.parts)
-                weight, bias = weight[rows], None if bias is None else bias[rows]
-            model.set_submodule(target.name, plain_layer(weight, bias, target.conv1d))
+                fewer = _with_rows(layer, rows_of(kept, hidden, target.parts), target.conv1d)
+            model.set_submodule(target.name, fewer)
         return torch.allclose(logits(), wanted, rtol=1e-3, atol=1e-3)
     except (RuntimeError, ValueError):  # a shape that the model's code insists on
         return False
