@@ -1,6 +1,8 @@
 """The dense oracle, and tiny random models of every family."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -101,3 +103,11 @@ def shared_data() -> Path:
     """Where the public sets are, if they are."""
     here = Path(__file__).parent.parent
     return Path(os.environ.get("KRONY_DATA", here / ".." / "shared" / "data"))
+
+
+def refused_without_krony(path: Path) -> str:
+    """What a process that does not import krony says when it is given that model and stops."""
+    script = f"import transformers as hf; hf.AutoModelForCausalLM.from_pretrained({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
