@@ -72,14 +72,19 @@ class Bench:
             name: evaluate.perplexity(model, ids, self.texts[name])
             for name, ids in self.ids.items()
         }
+        self._prices: dict[tuple[float, tuple[Target, ...], bool], Prices] = {}
 
     def model(self) -> transformers.PreTrainedModel:
         """A fresh copy of the packaged model."""
         return krony.load_model("demo", torch.float32)
 
     def priced(self, share: float, targets: list[Target], narrow: bool) -> Prices:
-        """What the budget planner chooses from for these targets at that share."""
-        return price(self.model(), targets, self.moments, parameters(share, targets), narrow=narrow)
+        """What the budget planner chooses from for these targets at that share, priced once."""
+        key = share, tuple(targets), narrow
+        if key not in self._prices:
+            most = parameters(share, targets)
+            self._prices[key] = price(self.model(), targets, self.moments, most, narrow=narrow)
+        return self._prices[key]
 
     def budget(self, share: float, kept: Kept = lambda c: c, narrow: bool = True) -> krony.Plan:
         """The planner's choice, of what `kept` makes of each candidate (None: not that one)."""
@@ -227,9 +232,8 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
     model, points, ways = bench.model(), [], []
     for mlp in mlps(model, bench.targets):
         matrices = [
-            Matrix(t, dense_weight(model.get_submodule(t.name)), moments)
+            Matrix(t, dense_weight(model.get_submodule(t.name)), bench.moments[t.name])
             for t in mlp.targets
-            if (moments := bench.moments[t.name])
         ]
         down, ways_here = matrices[-1], []
         order = width.elimination(down.weight, down.metric)
