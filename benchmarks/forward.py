@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony import evaluate
+from krony import evaluate, mlp
 from krony.activations import TanhGELU
 from krony.checkpoints import write_file, write_json
 from krony.layers import KroneckerGroup, KroneckerLinear
@@ -99,17 +99,28 @@ def factored_pair(shape: tuple[int, int], terms: int) -> list[KroneckerLinear]:
     return pair
 
 
-Layers = list[tuple[nn.Module, nn.Module]]
+class MLP(nn.Module):
+    """As in GPT-2, `nn.Linear` where it is dense."""
+
+    def __init__(self, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.c_fc, self.act, self.c_proj = up, TanhGELU(nn.GELU), down
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c_proj(self.act(self.c_fc(x)))
+        return y
+
+
+Layers = list[MLP]
 
 
 def stack(layers: Layers) -> Callable[[Tensor], Tensor]:
     """Distinct MLPs one after the other, with the residual stream of a transformer."""
-    activation = TanhGELU(nn.GELU)
 
     def run(x: Tensor) -> Tensor:
         y = x
-        for up, down in layers:
-            y = y + down(activation(up(x)))
+        for layer in layers:
+            y = y + layer(x)
         return y
 
     return run
@@ -117,7 +128,7 @@ def stack(layers: Layers) -> Callable[[Tensor], Tensor]:
 
 def one(layers: Layers) -> Callable[[Tensor], Tensor]:
     """c_fc alone, of the first MLP."""
-    return layers[0][0]
+    return layers[0].c_fc
 
 
 def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -131,14 +142,16 @@ def rivals(
 ) -> dict[str, Layers]:
     """The dense layers, ours, and the same factors run in other ways."""
     torch.manual_seed(0)
-    dense: Layers = [
-        (nn.Linear(MODEL, HIDDEN).to(dtype), nn.Linear(HIDDEN, MODEL).to(dtype))
-        for _ in range(layers)
-    ]
-    ours = [[layer.to(dtype) for layer in factored_pair(*SCHEMES[scheme])] for _ in range(layers)]
-    every: dict[str, Layers] = {"dense": dense, "krony": [(up, down) for up, down in ours]}
+    dense = [MLP(nn.Linear(MODEL, HIDDEN), nn.Linear(HIDDEN, MODEL)) for _ in range(layers)]
+    ours = [factored_pair(*SCHEMES[scheme]) for _ in range(layers)]
+    every: dict[str, Layers] = {"dense": dense, "krony": [MLP(*pair) for pair in ours]}
     for name in ways:
-        every[name] = [(Rival(up, WAYS[name]), Rival(down, WAYS[name])) for up, down in ours]
+        every[name] = [MLP(*(Rival(layer, WAYS[name]) for layer in pair)) for pair in ours]
+    for made in every.values():
+        for layer in made:
+            layer.to(dtype).eval()
+    for layer in every["krony"]:  # as in a model of krony's, where it is a block's child
+        mlp.install(layer)
     return every
 
 
@@ -251,8 +264,9 @@ def main() -> None:
     for dtype in arguments.dtypes:
         for scheme in arguments.schemes:
             every = rivals(scheme, arguments.layers, DTYPES[dtype], ways)
-            for module in {m for layers in every.values() for pair in layers for m in pair}:
-                module.to(device)
+            for layers in every.values():
+                for layer in layers:
+                    layer.to(device)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 for what in arguments.what:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import dense_sum
-from krony import KroneckerGroup, KroneckerLinear, cpu_kernels, kron
+from krony import KroneckerGroup, KroneckerLinear, cpu_decode, cpu_kernels, kron
 
 compiled = pytest.mark.skipif(cpu_kernels.library() is None, reason="needs a C compiler")
 
@@ -45,7 +45,7 @@ def calls(monkeypatch):
 
     counted = {key: counting(function) for key, function in functions.items()}
     monkeypatch.setattr(cpu_kernels, "library", lambda: counted)
-    monkeypatch.setattr(cpu_kernels, "MOST_ROWS", dict.fromkeys(cpu_kernels.NAMES, 10_000))
+    monkeypatch.setattr(cpu_decode, "MOST_ROWS", dict.fromkeys(cpu_kernels.NAMES, 10_000))
     return made
 
 
@@ -86,7 +86,7 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(cpu_kernels.run(made, x))
+            results.append(cpu_decode.run(made, x, [made]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -96,31 +96,32 @@ def test_the_number_of_threads_changes_no_bit():
 def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
     lengths, functions = [], dict(cpu_kernels.library())
     plain = functions["decode", torch.float32]
-    functions["decode", torch.float32] = lambda *a: lengths.append(a[5]) or plain(*a)
+    functions["decode", torch.float32] = lambda *a: lengths.append(a[6]) or plain(*a)
     monkeypatch.setattr(cpu_kernels, "library", lambda: functions)
     layer = KroneckerLinear(40, 36, [KroneckerGroup((18, 20), (2, 2)), group((36, 1), (1, 40), 3)])
     for tokens in (0, 1, 8, 9, 17):
         x = torch.randn(tokens, 40)
         torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
-    # Two slices a token in the first group, one in the second; 16 rows at most.
-    assert lengths == [1, 1, 8, 8, 9]
+    # Two slices a token in the first group, one in the second; 16 rows at most. The whole layer is
+    # one call, and where it can't be, a group that can is.
+    assert lengths == [1, 8, 9]
 
 
 @compiled
 def test_what_it_leaves_to_torch():
     made, x = group((18, 20), (2, 2), 2), torch.randn(1, 40)
-    assert cpu_kernels.run(made, x) is not None
+    assert cpu_decode.run(made, x, [made]) is not None
     with torch.enable_grad():
-        assert cpu_kernels.run(made, x) is None
+        assert cpu_decode.run(made, x, [made]) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu_kernels.run(made, x) is None
-    assert cpu_kernels.run(made, x.double()) is None
-    assert cpu_kernels.run(made, x.bfloat16()) is None
+        assert cpu_decode.run(made, x, [made]) is None
+    assert cpu_decode.run(made, x.double(), [made]) is None
+    assert cpu_decode.run(made, x.bfloat16(), [made]) is None
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         made(x)
     assert counter.get_total_flops() > 0
     many = group((4, 4), (300, 300), 1)
-    assert cpu_kernels.run(many, torch.randn(1, 1200)) is None
+    assert cpu_decode.run(many, torch.randn(1, 1200), [many]) is None
     step = torch.compile(made, backend="eager", fullgraph=True)
     torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
 
@@ -223,7 +224,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
-    assert cpu_kernels.run(made, x) is None
+    assert cpu_decode.run(made, x, [made]) is None
     assert not cpu_kernels.has_gelu(x)
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 

@@ -26,7 +26,7 @@ from krony.quantize import quantize
 from krony.schemes import SCHEMES, Factors
 from krony.sequential import DataOptions
 
-KroneckerGroup.fused = kernels
+KroneckerGroup.fused = KroneckerLinear.fused = kernels
 
 __version__ = "0.1.0"
 

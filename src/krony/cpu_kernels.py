@@ -1,8 +1,8 @@
-"""decode.c, compiled for this processor when it is first needed, and called through ctypes.
+"""decode.c and hidden.c, compiled for this processor when first needed, called through ctypes.
 
-As Triton compiles for a GPU, the system's C compiler does here: in about a second, once; the
-library is kept in the user's cache. Without a compiler, or where it fails, `library` is None and
-everything takes the torch form.
+As Triton compiles for a GPU, the system's C compiler does here: in a few seconds, once; the library
+is kept in the user's cache. Without a compiler, or where it fails, `library` is None and everything
+takes the torch form. What is element by element is called from here, products from cpu_decode.py.
 """
 
 import ctypes
@@ -12,10 +12,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,21 +23,27 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 60  # that compiling may take
-# Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
-# those of bfloat16 sooner: they have instructions of their own.
-MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
-# Of small factors, which are applied in plain loops.
-MOST_ENTRIES = 2**16
-# The same for many tokens, where BLAS would do; and slices that are worth a loop.
+# Of small factors that are applied in plain loops, where BLAS would do (MOST_SLICES of hidden.c is
+# as many), and slices that are worth a loop.
 MOST_MIXED, LEAST_SLICE = 64, 16
 # How the names of the functions end.
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
-    "decode": [_POINTER] * 5 + [_SIZE] * 6 + [_FLAG] * 3,
-    "mix_many": [_POINTER] * 4 + [_SIZE] * 8 + [_FLAG],
+    "decode": [_POINTER, _SIZE, _FLAG, _POINTER, _POINTER, _POINTER, _SIZE, _FLAG],
+    "hidden": [_POINTER, _POINTER, _FLAG, _POINTER, _POINTER] + [_SIZE] * 6 + [_FLAG],
     "gelu": [_POINTER] * 3 + [_SIZE, _FLAG],
 }
+# As vectors.h numbers them.
+NONE, TANH_GELU, SILU = range(3)
+
+
+class _Written(ctypes.Structure):
+    """Of hidden.c."""
+
+    _fields_: ClassVar = [(name, _POINTER) for name in ("x", "b", "bias")] + [
+        (name, _SIZE) for name in ("q", "token", "slice")
+    ]
 
 
 def cache() -> Path:
@@ -77,22 +83,27 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
 
 def _compiled(compiler: str) -> Path:
     """The library's file, compiled if it is not there. Raises `OSError`, `SubprocessError`."""
-    code = Path(__file__).with_name("decode.c").read_text(encoding="utf-8")
-    parts = [code, *FLAGS, compiler, processor()]
+    code = {
+        "vectors.h": Path(__file__).with_name("vectors.h").read_text(encoding="utf-8"),
+        "decode.c": Path(__file__).with_name("decode.c").read_text(encoding="utf-8"),
+        "hidden.c": Path(__file__).with_name("hidden.c").read_text(encoding="utf-8"),
+    }
+    parts = [*code.values(), *FLAGS, compiler, processor()]
     path = cache() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, source = Path(folder) / path.name, Path(folder) / "decode.c"
-        source.write_text(code, encoding="utf-8")
-        command = [compiler, *FLAGS, "-o", str(made), str(source)]
+        made, sources = Path(folder) / path.name, [Path(folder) / name for name in code]
+        for source, text in zip(sources, code.values(), strict=True):
+            source.write_text(text, encoding="utf-8")
+        command = [compiler, *FLAGS, "-o", str(made), *map(str, sources[1:])]
         subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
         os.replace(made, path)
     return path
 
 
-def _can_take(x: Tensor) -> bool:
+def can_take(x: Tensor) -> bool:
     """Whether x is a plain tensor of a dtype that is compiled, and nothing is being traced."""
     return (
         not torch.compiler.is_compiling()
@@ -102,66 +113,18 @@ def _can_take(x: Tensor) -> bool:
     )
 
 
+def unwatched(x: Tensor) -> bool:
+    """Whether x is on the CPU, outside of autocast, and nothing watches or counts operations."""
+    return (
+        x.is_cpu and not torch.is_autocast_enabled("cpu") and not _get_current_dispatch_mode_stack()
+    )
+
+
 def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:
     """Whether input and factors are on the CPU (not offloaded, say) in one dtype, and neither
     autocast would change that nor anything watches or counts the operations on them."""
-    return (
-        x.dtype == small.dtype == weight.dtype
-        and x.is_cpu
-        and small.is_cpu
-        and weight.is_cpu
-        and not torch.is_autocast_enabled("cpu")
-        and not _get_current_dispatch_mode_stack()
-    )
-
-
-def run(group: Any, x: Tensor) -> Tensor | None:
-    """The product of a `KroneckerGroup` with a few tokens (..., n), or None where this is no help.
-
-    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd,
-    autocast and tracing, and as long as reading the large factor is what takes the time.
-    """
-    small, weight = group.small, group.large.weight
-    if not _can_take(x):
-        return None
-    tokens = x.numel() // x.shape[-1]
-    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-    slices = m2 if group.mix_first else n2
-    low_rank = group.mix_first and n1 == m2 == 1
-    if (
-        not 0 < tokens * slices <= MOST_ROWS[x.dtype]
-        or (group.terms * m2 * n2 > MOST_ENTRIES and not low_rank)
-        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        or not as_they_are(x, small, weight)
-    ):
-        return None
-    functions = library()
-    if functions is None:
-        return None
-    if group.scalars is not None:
-        small = group.scaled_small
-    x, small, weight = x.contiguous(), small.contiguous(), weight.contiguous()
-    order = group.order
-    y = x.new_empty(*x.shape[:-1], m1 * m2)
-    failed = functions["decode", x.dtype](
-        x.data_ptr(),
-        small.data_ptr(),
-        None if order is None else order.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        group.terms,
-        m1,
-        n1,
-        m2,
-        n2,
-        group.layout == "small-outer",
-        group.mix_first,
-        torch.get_num_threads(),
-    )
-    if failed:
-        raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
-    return y
+    same = x.dtype == small.dtype == weight.dtype
+    return same and small.is_cpu and weight.is_cpu and unwatched(x)
 
 
 def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor | None:
@@ -170,35 +133,74 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor |
     It helps on a CPU, for small factors with few entries, outside of autograd, autocast and
     tracing: a product of tiny matrices for every token takes BLAS several times as long.
     """
-    if not _can_take(x):
+    if not can_take(x):
         return None
-    (tokens, q, k), p = x.shape, len(mixing)
+    p, q, k = *mixing.shape, x.shape[2]
     if (
         p * q > MOST_MIXED
         or k < LEAST_SLICE
         or x.stride(2) != 1
         or torch.is_grad_enabled()
         or not as_they_are(x, mixing, mixing if bias is None else bias)
-        or (functions := library()) is None
+        or library() is None
     ):
         return None
-    mixing, bias = mixing.float().contiguous(), None if bias is None else bias.contiguous()
+    return hidden([(x, mixing, bias)], NONE, None, apart)
+
+
+def hidden(
+    written: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    activation: int,
+    mixing: Tensor | None,
+    apart: bool,
+) -> Tensor:
+    """The hidden axis of an MLP, from the large products that write it to the one that reads it.
+
+    Only where `library` is, for tensors of one dtype that is compiled, outside of autograd.
+
+    Args:
+        written: of one matrix or of two, the second a factor of the activation of the first: x (T,
+            q, k), the last stride 1; the matrix (m2, q) that mixes its slices, or None; the bias
+            (m2, k), or None. No more than `MOST_MIXED` slices.
+        mixing: (p, m2), to mix the result's slices with, or None.
+        apart: each slice of the result is wanted in one piece of memory.
+    Returns:
+        (T, p, k), or (T, m2, k).
+    """
+    functions = library()
+    assert functions is not None
+    kept, parts = [], []
+    for x, b, bias in written:
+        b = None if b is None else b.float().contiguous()
+        bias = None if bias is None else bias.contiguous()
+        kept += [b, bias]
+        sizes = (x.shape[1], *x.stride()[:2])
+        parts.append(_Written(x.data_ptr(), _pointer(b), _pointer(bias), *sizes))
+    x, b, _ = written[0]
+    tokens, slices, k = len(x), x.shape[1] if b is None else len(b), x.shape[2]
+    mixing = None if mixing is None else mixing.float().contiguous()
+    p = slices if mixing is None else len(mixing)
     y = x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
-    functions["mix_many", x.dtype](
-        x.data_ptr(),
-        mixing.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+    functions["hidden", x.dtype](
+        ctypes.byref(parts[0]),
+        ctypes.byref(parts[1]) if len(parts) > 1 else None,
+        activation,
+        _pointer(mixing),
         y.data_ptr(),
-        *(tokens, p, q, k, *x.stride()[:2], *y.stride()[:2]),
+        *(tokens, k, slices, p, *y.stride()[:2]),
         torch.get_num_threads(),
     )
     return y
 
 
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def has_gelu(x: Tensor) -> bool:
     """Whether `gelu` can be called on x: on a CPU, in a dtype that is compiled, not traced."""
     return (
-        _can_take(x)
+        can_take(x)
         and x.is_cpu
         and not _get_current_dispatch_mode_stack()
         and library() is not None
@@ -215,11 +217,7 @@ def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
     assert functions is not None
     x, gradient = x.contiguous(), None if gradient is None else gradient.contiguous()
     y = torch.empty_like(x)
-    functions["gelu", x.dtype](
-        x.data_ptr(),
-        None if gradient is None else gradient.data_ptr(),
-        y.data_ptr(),
-        x.numel(),
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    pointers = (x.data_ptr(), _pointer(gradient), y.data_ptr())
+    functions["gelu", x.dtype](*pointers, x.numel(), threads)
     return y

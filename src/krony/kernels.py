@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krony import cpu_kernels, kron, tensor_rank
+from krony import cpu_decode, kron, tensor_rank
 from krony.kron import Layout, Shape
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
@@ -32,11 +32,16 @@ def run(group: Any, x: Tensor) -> Tensor | None:
     """The product of a `KroneckerGroup` with a few tokens in one call, or None where none is made
     for it: decode.c on a CPU, Triton on a GPU."""
     if x.device.type == "cpu" and not _INTERPRETED:
-        return cpu_kernels.run(group, x)
+        return cpu_decode.run(group, x, [group])
     small, weight = group.scaled_small, group.large.weight
     if not available(x, small, weight):
         return None
     return decode(x, small, weight, group.large_shape, group.layout, group.mix_first)
+
+
+def run_layer(layer: Any, x: Tensor) -> Tensor | None:
+    """The same for a `KroneckerLinear` with all of its groups and its bias: decode.c, or None."""
+    return None if _INTERPRETED else cpu_decode.run(layer, x, [layer])
 
 
 def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:

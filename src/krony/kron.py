@@ -290,20 +290,26 @@ def apply(
     x = to_slices(x, (-1, n2, n1), layout)
     offset = None if bias is None else to_slices(bias, (m2, m1), layout)
     if mix_first:
-        mixing = small[0] if terms == 1 else small.transpose(0, 1).reshape(m2 * terms, n2)
         if isinstance(large, Tensor):
-            y = _mixed(x, mixing, large)
+            y = _mixed(x, mixing(small, mix_first), large)
         else:
-            y = large(mix(mixing, x).reshape(-1, terms * n1))
+            y = large(mix(mixing(small, mix_first), x).reshape(-1, terms * n1))
         y = y.reshape(-1, m2, m1)
         if offset is not None:
             y = add(y, offset)
     else:
-        mixing = small[0] if terms == 1 else small.permute(1, 2, 0).reshape(m2, n2 * terms)
         rows = x.reshape(-1, n1)
         rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
-        y = mix(mixing, rows.reshape(-1, n2 * terms, m1), offset)
+        y = mix(mixing(small, mix_first), rows.reshape(-1, n2 * terms, m1), offset)
     return from_slices(y, lead, layout)
+
+
+def mixing(small: Tensor, mix_first: bool) -> Tensor:
+    """B (R, m2, n2) as one matrix, for `mix`: (m2·R, n2) before the large product, else (m2, n2·R)
+    after it."""
+    if len(small) == 1:
+        return small[0]
+    return (small.transpose(0, 1).flatten(0, 1)) if mix_first else small.permute(1, 2, 0).flatten(1)
 
 
 def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
@@ -359,8 +365,8 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = Fal
     return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, (T, n) by (m, n), the operands in the order that a CPU reads fastest.
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, (T, n) by (m, n) and (m,), the operands in the order that a CPU reads fastest.
 
     BLAS shares a product among threads by rows of its left operand, and with a few tokens these are
     too few: the weight goes to the left then, for up to 2.5 times the speed (docs/log.md). Three
@@ -369,13 +375,14 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     tokens = len(x)
     few = x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= tokens <= FEW_ROWS
     if not few or torch.compiler.is_compiling():
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if tokens == 3:
         x = F.pad(x, (0, 0, 0, 1))
     tall = len(weight) >= weight.shape[1]
     if len(x) == 4 or (len(x) == 2 and tall) or torch.get_num_threads() > 1:
-        return torch.mm(weight, x.T).T[:tokens]
-    return F.linear(x, weight)
+        y = torch.mm(weight, x.T).T[:tokens]
+        return y if bias is None else add(y, bias)
+    return F.linear(x, weight, bias)
 
 
 def _mixed(x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:

@@ -13,6 +13,17 @@ from krony.kron import Layout, Shape
 from krony.packing import is_quantised
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something is to happen when this module is called, before or after its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__
+    return bool(hooks)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is just a weight and a bias: not quantised, adapted or sharded."""
+    return type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter
+
+
 class KroneckerGroup(nn.Module):
     """R Kronecker terms of one shape, no bias: Σ_r s_r (B_r ⊗ A_r), or Σ_r s_r (A_r ⊗ B_r).
 
@@ -126,8 +137,7 @@ class KroneckerGroup(nn.Module):
     def is_plain(self) -> bool:
         """Whether `large` is just its weight: not quantised, adapted, sharded or offloaded."""
         large = self.large
-        plain = type(large) is nn.Linear and type(large.weight) is nn.Parameter
-        return plain and "_hf_hook" not in large.__dict__ and not large._forward_hooks
+        return is_plain_linear(large) and not is_hooked(large)
 
     def forms_dense(self, tokens: int) -> bool:
         """Whether W is formed for a batch of so many tokens (`kron.dense_from`).
@@ -185,6 +195,8 @@ class KroneckerLinear(nn.Module):
         KronyError: no group, or a group whose shapes do not multiply to (m, n).
     """
 
+    fused: Any = None  # see `KroneckerGroup`
+
     def __init__(
         self,
         in_features: int,
@@ -216,6 +228,10 @@ class KroneckerLinear(nn.Module):
         return _sum_to_dense(self.groups, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused is not None:
+            made: Tensor | None = self.fused.run_layer(self, x)
+            if made is not None:
+                return made
         first, *others = self.groups
         # By name: torch counts FLOPs with hooks that choke on a parameter among the arguments.
         y: Tensor = first(x, bias=self.bias)

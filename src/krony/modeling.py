@@ -20,6 +20,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from krony import mlp
 from krony.activations import fuse, restore
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
@@ -156,6 +157,7 @@ class KroneckerQuantizer(HfQuantizer):
         for matrix in plan.matrices:
             if matrix.narrowed:
                 model.set_submodule(matrix.name, _widened(model.get_submodule(matrix.name), matrix))
+        mlp.restore(model)
         restore(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
@@ -200,6 +202,7 @@ def _within(name: str, parents: list[str]) -> bool:
 def attach(model: Any, config: KroneckerConfig) -> None:
     """Mark a model whose modules are factored, so that saving and folding know about it."""
     fuse(model)
+    mlp.install(model)
     # Models made from one configuration object share it: without a copy of its own, this model
     # would make its dense siblings look factored.
     shared, own = model.config, copy.copy(model.config)

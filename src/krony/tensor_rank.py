@@ -124,6 +124,16 @@ def _fit(small: Tensor, products: int) -> Decomposition | None:
     return Decomposition(c[best_start], (u / lengths[0])[best_start], (v / lengths[1])[best_start])
 
 
+def summed(
+    found: Decomposition, weight: Tensor, large_shape: kron.Shape, mix_first: bool
+) -> Tensor:
+    """Σ_r c_rk A_r, transposed: (K, n1, m1), of A as `kron.large_to_linear` lays it out."""
+    (m1, n1), (terms, products) = large_shape, found.c.shape
+    if mix_first:  # (m1, R·n1)
+        return kron.mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
+    return (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT  # (R·m1, n1)
+
+
 def apply(
     x: Tensor,
     found: Decomposition,
@@ -134,50 +144,69 @@ def apply(
     bias: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias as `kron.apply` with a plain weight, by K large products."""
-    (m1, n1), (terms, products) = large_shape, found.c.shape
-    m2, n2 = len(found.u), len(found.v)
+    (m1, n1), m2, n2 = large_shape, len(found.u), len(found.v)
     lead = x.shape[:-1]
     x = kron.to_slices(x, (-1, n2, n1), layout)
     offset = None if bias is None else kron.to_slices(bias, (m2, m1), layout)
-    if mix_first:  # (m1, R·n1)
-        summed = kron.mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
-    else:  # (R·m1, n1)
-        summed = (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT
     y = kron.mix(found.v.T, x, apart=True).transpose(0, 1)  # (K, T, n1)
-    y = torch.bmm(y, summed).transpose(0, 1)  # (T, K, m1)
+    y = torch.bmm(y, summed(found, weight, large_shape, mix_first)).transpose(0, 1)  # (T, K, m1)
     y = kron.mix(found.u, y, offset)
     return kron.from_slices(y, lead, layout)
 
 
 def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """The product of a `KroneckerGroup` with tokens (..., n), or None where this is no help.
-
-    It helps for plain factors on a CPU, outside of autograd, autocast, tracing and the counting of
-    operations, for so many tokens that the sums of large factors are paid for. The decomposition is
-    found at the first such call, and kept with the group while its small factors stay the same.
-    """
-    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-    if min(m2, n2) < 2 or m2 * n2 > MOST_ENTRIES or torch.compiler.is_compiling():
+    """The product of a `KroneckerGroup` with tokens (..., n), or None where this is no help: see
+    `decomposition`; nor for factors that are not plain ones on the CPU, nor in autocast, nor while
+    operations are counted."""
+    tokens = x.numel() // x.shape[-1]
+    if not _may_help(group, tokens, x.dtype):
         return None
-    now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
-    tokens, now = x.numel() // x.shape[-1], min(now, m2 * n2)
-    weight, narrow = group.large.weight, x.element_size() == 2
-    if torch.is_grad_enabled() or tokens * now < SUMMING[True][narrow]:  # with nothing left to do
-        return None
+    weight = group.large.weight
     if not cpu_kernels.as_they_are(x, group.small, weight) or not group.is_plain:
         return None
+    found = decomposition(group, tokens, x.dtype)
+    if found is None:
+        return None
+    return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
+
+
+def _products(group: Any) -> float:
+    """Products of the large factor's size that the group takes by its terms, or formed."""
+    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+    now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
+    return min(now, m2 * n2)
+
+
+def _may_help(group: Any, tokens: int, dtype: torch.dtype) -> bool:
+    """Without looking at the factors: sums of small ones, no autograd, no tracing, many tokens."""
+    (m2, n2), narrow = group.small_shape, dtype.itemsize == 2
+    if min(m2, n2) < 2 or m2 * n2 > MOST_ENTRIES or torch.compiler.is_compiling():
+        return False
+    # As if nothing were left to do.
+    return not torch.is_grad_enabled() and tokens * _products(group) >= SUMMING[True][narrow]
+
+
+def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition | None:
+    """That of a `KroneckerGroup`, where it helps for so many tokens on a CPU.
+
+    It helps outside of autograd and tracing, for so many tokens that the sums of large factors are
+    paid for. It is found at the first such call, and kept with the group while its small factors
+    stay the same.
+    """
+    if group.terms == 1 or not _may_help(group, tokens, dtype):
+        return None
     # Asked last, since the first call compiles.
-    in_c = x.dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
-    summing = SUMMING[in_c][narrow]
+    in_c = dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
+    now, summing = _products(group), SUMMING[in_c][dtype.itemsize == 2]
     if tokens * now < summing:
         return None
     small = group.scaled_small
     known = group.__dict__.get("_products")
     if known is None or known[0].dtype != small.dtype or not torch.equal(known[0], small):
         found = decompose(small)
-        known = (small.clone(), found and found.to(x.dtype))
+        known = (small.clone(), found and found.to(dtype))
         group.__dict__["_products"] = known
-    found = known[1]
-    if found is None or (now - found.products) * tokens < found.products * summing:
+    result: Decomposition | None = known[1]
+    if result is None or (now - result.products) * tokens < result.products * summing:
         return None
-    return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
+    return result

@@ -1,0 +1,202 @@
+"""A few tokens through factored layers and MLPs on a CPU, in one call of decode.c each.
+
+Reading the factors is what takes the time then, so each is read once, and Python does as little as
+it can: what the C code must know is put together once, and kept as long as it holds.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from krony import cpu_kernels
+from krony.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
+
+# Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
+# those of bfloat16 sooner: they have instructions of their own.
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
+# Of small factors, which are applied in plain loops.
+MOST_ENTRIES = 2**16
+_POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+class _Group(ctypes.Structure):
+    """Of decode.c."""
+
+    _fields_: ClassVar = [
+        *((name, _POINTER) for name in ("small", "scalars", "weight", "order")),
+        *((name, _SIZE) for name in ("terms", "m1", "n1", "m2", "n2")),
+        *((name, _FLAG) for name in ("small_outer", "mix_first")),
+    ]
+
+
+class _Matrix(ctypes.Structure):
+    """Of decode.c."""
+
+    _fields_: ClassVar = [
+        ("groups", ctypes.POINTER(_Group)),
+        ("count", _SIZE),
+        ("bias", _POINTER),
+        *((name, _SIZE) for name in ("m", "n")),
+    ]
+
+
+class Prepared:
+    """A layer or an MLP as decode.c wants it, for as long as `fits`.
+
+    Between two calls anything may have happened to the modules. All that this depends on is kept in
+    flat lists, which are checked in microseconds: a token has no more than that for a layer.
+
+    Args:
+        ups: the layer; or the layers that write the hidden axis.
+        down: what reads it, or None.
+        owner: the module of which these are children; its other children are watched too.
+    """
+
+    def __init__(self, ups: Sequence[Any], down: Any, owner: nn.Module) -> None:
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._children: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[Any] = []
+        self._kept: list[Any] = []
+        self._usable = True
+        self.slices = 1  # rows a token that meet a large factor, at most
+        matrices = [self._matrix(layer) for layer in ups]
+        self._ups = (_Matrix * len(ups))(*matrices)
+        self._down = None if down is None else self._matrix(down)
+        self.ups = ctypes.byref(self._ups)
+        self.down = None if self._down is None else ctypes.byref(self._down)
+        self.count, self.m = len(ups), (self._down or self._ups[0]).m
+        if down is not None:
+            for name in owner._modules:
+                self._child(owner, name)
+        self._usable &= all(tensor.is_contiguous() for _, _, tensor, _ in self._tensors)
+
+    def _matrix(self, layer: Any) -> _Matrix:
+        groups: list[Any] = [layer]
+        bias = None if isinstance(layer, KroneckerGroup) else self._address(layer, "bias")
+        if isinstance(layer, KroneckerLinear):
+            held = self._child(layer, "groups")
+            groups = [self._child(held, name) for name in held._modules]
+        made = (_Group * len(groups))(*map(self._group, groups))
+        self._kept.append(made)
+        return _Matrix(made, len(made), bias, made[0].m1 * made[0].m2, made[0].n1 * made[0].n2)
+
+    def _group(self, group: Any) -> _Group:
+        into = _Group()
+        if type(group) is nn.Linear:
+            (into.m1, into.n1), into.m2, into.n2 = group.weight.shape, 1, 1
+            into.terms = into.small_outer = into.mix_first = 1
+            into.weight = self._address(group, "weight")
+            return into
+        into.terms, (into.m1, into.n1) = group.terms, group.large_shape
+        into.m2, into.n2 = group.small_shape
+        into.small_outer, into.mix_first = group.layout == "small-outer", group.mix_first
+        into.weight = self._address(self._child(group, "large"), "weight")
+        into.small, into.scalars, into.order = (
+            self._address(group, name) for name in ("small", "scalars", "order")
+        )
+        self.slices = max(self.slices, into.m2 if group.mix_first else into.n2)
+        low_rank = group.mix_first and into.n1 == into.m2 == 1
+        self._usable &= low_rank or into.terms * into.m2 * into.n2 <= MOST_ENTRIES
+        return into
+
+    def _address(self, module: nn.Module, name: str) -> int | None:
+        held: Any = module._buffers if name == "order" else module._parameters
+        tensor = held.get(name)
+        if tensor is None:
+            return None
+        address: int = tensor.data_ptr()
+        self._tensors.append((held, name, tensor, address))
+        return address
+
+    def _child(self, module: nn.Module, name: str) -> Any:
+        child = module._modules[name]
+        self._children.append((module._modules, name, child))
+        if child is not None:
+            self._hooks += [child._forward_hooks, child._forward_pre_hooks]
+        return child
+
+    def fits(self, dtype: torch.dtype, learns: bool) -> bool:
+        """Whether decode.c can take it, all is where it was, in `dtype` and watched by nobody, and
+        with `learns` nothing of it is to have gradients."""
+        if any(self._hooks):
+            return False
+        for children, name, child in self._children:
+            if children.get(name) is not child:
+                return False
+        for held, name, tensor, address in self._tensors:
+            if held.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if (tensor.dtype is not dtype and name != "order") or (learns and tensor.requires_grad):
+                return False
+        return self._usable
+
+    def __reduce__(self) -> Any:  # a copy of the module has tensors of its own
+        return type(None), ()
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded."""
+    groups: Any = layer.groups if isinstance(layer, KroneckerLinear) else [layer]
+    return all(
+        (group.is_plain if isinstance(group, KroneckerGroup) else is_plain_linear(group))
+        and all(p.is_cpu for p in group.parameters())
+        for group in groups
+    )
+
+
+def prepare(
+    owner: nn.Module, ups: Sequence[Any], down: Any, dtype: torch.dtype, learns: bool
+) -> Prepared | None:
+    """`Prepared`, kept with its owner, or None where it can't be; `learns`: gradients are on."""
+    kept: Prepared | None = owner.__dict__.get("_prepared")
+    if kept is not None and kept.fits(dtype, learns):
+        return kept
+    layers = ups if down is None else (*ups, down)
+    watched = () if down is None else owner.children()
+    if any(map(is_hooked, watched)) or not all(map(_is_plain, layers)):
+        return None
+    kept = owner.__dict__["_prepared"] = Prepared(ups, down, owner)
+    return kept if kept.fits(dtype, learns) else None
+
+
+def run(
+    owner: nn.Module,
+    x: Tensor,
+    ups: Sequence[Any],
+    activation: int = cpu_kernels.NONE,
+    down: Any = None,
+) -> Tensor | None:
+    """The product of a layer, or an MLP, with a few tokens (..., n), or None where this is no help.
+
+    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd,
+    autocast and tracing, and as long as reading the large factors is what takes the time.
+
+    Args:
+        owner: the layer, or the MLP.
+        ups: the layer; or those that write the hidden axis, the gate first if there is one. One
+            that writes twice the axis that `down` reads gives both.
+        activation: of `cpu_kernels`. down: what reads the hidden axis.
+    """
+    if not cpu_kernels.can_take(x) or not cpu_kernels.unwatched(x):
+        return None
+    dtype, shape = x.dtype, x.shape
+    tokens, most = x.numel() // shape[-1], MOST_ROWS[dtype]
+    if not 0 < tokens <= most:
+        return None
+    learns = torch.is_grad_enabled()
+    found = prepare(owner, ups, down, dtype, learns)
+    if found is None or tokens * found.slices > most or (learns and x.requires_grad):
+        return None
+    functions = cpu_kernels.library()
+    if functions is None:
+        return None
+    x, y = x.contiguous(), x.new_empty((*shape[:-1], found.m))
+    addresses = x.data_ptr(), y.data_ptr()
+    threads = torch.get_num_threads()
+    decode = functions["decode", dtype]
+    if decode(found.ups, found.count, activation, found.down, *addresses, tokens, threads):
+        raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
+    return y

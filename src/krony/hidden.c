@@ -1,0 +1,127 @@
+/* What is element by element in a factored MLP, for many tokens on a CPU: slices mixed by a small
+ * factor, bias and activation, in one pass over memory where torch takes one for each.
+ */
+#ifndef NUMBER
+#include "vectors.h"
+
+enum { MOST_SLICES = 64 }; /* of the hidden axis, held near by: cpu_kernels.MOST_MIXED */
+
+/* Of one matrix that writes the hidden axis, the product x (tokens, q, k) with its large factor;
+ * tokens and slices lie `token` and `slice` apart. b (slices, q) mixes them; NULL: they stay. */
+typedef struct {
+    const void *x;
+    const float *b;
+    const void *bias; /* (slices, k), or NULL */
+    long q, token, slice;
+} Written;
+
+#define NUMBER float
+#define NAME(of) of##_float
+#include "hidden.c"
+#undef NUMBER
+#undef NAME
+#define NUMBER uint16_t
+#define NAME(of) of##_bfloat16
+#include "hidden.c"
+
+#else
+
+/* LANES numbers, or where not `full`, a constant where this is called, the last `left` and zeros. */
+static inline __attribute__((always_inline)) Vector NAME(take)(const NUMBER *p, int full, long left) {
+    if (full) return NAME(load)(p);
+    NUMBER some[LANES] = {0};
+    memcpy(some, p, left * sizeof(NUMBER));
+    return NAME(load)(some);
+}
+static inline __attribute__((always_inline)) void NAME(give)(NUMBER *p, Vector v, int full, long left) {
+    if (full) {
+        NAME(store)(p, v);
+    } else {
+        NUMBER some[LANES];
+        NAME(store)(some, v);
+        memcpy(p, some, left * sizeof(NUMBER));
+    }
+}
+
+/* h[i] = bias[i] + sum over j of b[i, j] x[j] for a stretch of k of one token and slices from `i` to
+ * `i` + together, a constant where this is called: the sums stay in registers. */
+static inline __attribute__((always_inline)) void NAME(blend)(
+    const Written *of, long t, long a, long k, long i, int together, Vector *h, int full) {
+    const NUMBER *x = (const NUMBER *)of->x + t * of->token + a;
+    Vector sum[SLICES];
+    for (int c = 0; c < together; c++)
+        sum[c] = of->bias ? NAME(take)((const NUMBER *)of->bias + (i + c) * k + a, full, k - a) : (Vector){0};
+    if (!of->b)
+        for (int c = 0; c < together; c++) sum[c] += NAME(take)(x + (i + c) * of->slice, full, k - a);
+    else
+        for (long j = 0; j < of->q; j++) {
+            Vector from = NAME(take)(x + j * of->slice, full, k - a);
+            for (int c = 0; c < together; c++) sum[c] += of->b[(i + c) * of->q + j] * from;
+        }
+    for (int c = 0; c < together; c++) h[i + c] = sum[c];
+}
+
+static inline __attribute__((always_inline)) void NAME(blends)(
+    const Written *of, long t, long a, long k, long slices, Vector *h, int full) {
+    long i = 0;
+    for (; i + SLICES <= slices; i += SLICES) NAME(blend)(of, t, a, k, i, SLICES, h, full);
+    if (slices - i == 3) NAME(blend)(of, t, a, k, i, 3, h, full);
+    if (slices - i == 2) NAME(blend)(of, t, a, k, i, 2, h, full);
+    if (slices - i == 1) NAME(blend)(of, t, a, k, i, 1, h, full);
+}
+
+static inline __attribute__((always_inline)) void NAME(stretch)(
+    const Written *gate, const Written *other, int activation, const float *b, NUMBER *y, long t, long a,
+    long k, long slices, long p, long y_slice, int full) {
+    Vector h[MOST_SLICES], beside[MOST_SLICES];
+    NAME(blends)(gate, t, a, k, slices, h, full);
+    for (long i = 0; i < slices; i++) h[i] = activated(h[i], activation);
+    if (other) {
+        NAME(blends)(other, t, a, k, slices, beside, full);
+        for (long i = 0; i < slices; i++) h[i] *= beside[i];
+    }
+    for (long i = 0; i < p; i++) {
+        Vector sum = h[i < slices ? i : 0];
+        if (b) {
+            sum = (Vector){0};
+            for (long j = 0; j < slices; j++) sum += b[i * slices + j] * h[j];
+        }
+        NAME(give)(y + i * y_slice + a, sum, full, k - a);
+    }
+}
+
+/* The hidden axis of an MLP, from what writes it to what reads it, without being written itself:
+ * h (tokens, slices, k) is the activation of what `gate` gives, times what `other` gives where there
+ * is one; y (tokens, p, k) is b (p, slices) times h, or h itself where b is NULL. */
+void NAME(hidden)(const Written *gate, const Written *other, int activation, const float *b, NUMBER *y,
+                  long tokens, long k, long slices, long p, long y_token, long y_slice, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tokens * slices * k >= SHARED)
+    for (long t = 0; t < tokens; t++) {
+        NUMBER *to = y + t * y_token;
+        long a = 0;
+        /* The constants let the compiler leave out what is not asked for. */
+#define STRETCHES(OTHER, ACTIVATION, B)                                                               \
+    for (; a + LANES <= k; a += LANES)                                                                \
+        NAME(stretch)(gate, OTHER, ACTIVATION, B, to, t, a, k, slices, p, y_slice, 1);
+        if (!other && activation == TANH_GELU && b) STRETCHES(NULL, TANH_GELU, b)
+        if (!other && activation == TANH_GELU && !b) STRETCHES(NULL, TANH_GELU, NULL)
+        if (!other && activation == NONE && !b) STRETCHES(NULL, NONE, NULL)
+        STRETCHES(other, activation, b)
+#undef STRETCHES
+        if (a < k) NAME(stretch)(gate, other, activation, b, to, t, a, k, slices, p, y_slice, 0);
+    }
+}
+
+/* TANH_GELU of `count` numbers, or where there are gradients of that, those of x. */
+void NAME(gelu)(const NUMBER *x, const NUMBER *gradient, NUMBER *y, long count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count >= SHARED)
+    for (long i = 0; i < count; i += LANES) {
+        int full = i + LANES <= count;
+        Vector v = NAME(take)(x + i, full, count - i);
+        if (gradient) v = NAME(take)(gradient + i, full, count - i) * gelu_slope(v);
+        else v = activated(v, TANH_GELU);
+        NAME(give)(y + i, v, full, count - i);
+    }
+}
+
+#endif
