@@ -52,6 +52,7 @@ def cache() -> Path:
     return Path(base) / "krony"
 
 
+@lru_cache(maxsize=1)
 def processor() -> str:
     """What `-march=native` depends on: the library of one machine may not run on another."""
     try:
@@ -145,14 +146,14 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor |
         or library() is None
     ):
         return None
-    return hidden([(x, mixing, bias)], NONE, None, apart)
+    return hidden([(x, mixing, bias)], NONE, None, room(x, p, apart))
 
 
 def hidden(
     written: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
     activation: int,
     mixing: Tensor | None,
-    apart: bool,
+    out: Tensor,
 ) -> Tensor:
     """The hidden axis of an MLP, from the large products that write it to the one that reads it.
 
@@ -163,9 +164,10 @@ def hidden(
             q, k), the last stride 1; the matrix (m2, q) that mixes its slices, or None; the bias
             (m2, k), or None. No more than `MOST_MIXED` slices.
         mixing: (p, m2), to mix the result's slices with, or None.
-        apart: each slice of the result is wanted in one piece of memory.
+        out: (T, p, k), or (T, m2, k), for the result, the last stride 1; may be the first x where
+            nothing is mixed.
     Returns:
-        (T, p, k), or (T, m2, k).
+        out.
     """
     functions = library()
     assert functions is not None
@@ -176,21 +178,25 @@ def hidden(
         kept += [b, bias]
         sizes = (x.shape[1], *x.stride()[:2])
         parts.append(_Written(x.data_ptr(), _pointer(b), _pointer(bias), *sizes))
-    x, b, _ = written[0]
-    tokens, slices, k = len(x), x.shape[1] if b is None else len(b), x.shape[2]
+    tokens, p, k = out.shape
     mixing = None if mixing is None else mixing.float().contiguous()
-    p = slices if mixing is None else len(mixing)
-    y = x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
-    functions["hidden", x.dtype](
+    functions["hidden", out.dtype](
         ctypes.byref(parts[0]),
         ctypes.byref(parts[1]) if len(parts) > 1 else None,
         activation,
         _pointer(mixing),
-        y.data_ptr(),
-        *(tokens, k, slices, p, *y.stride()[:2]),
+        out.data_ptr(),
+        *(tokens, k, p if mixing is None else mixing.shape[1], p, *out.stride()[:2]),
         torch.get_num_threads(),
     )
-    return y
+    return out
+
+
+def room(x: Tensor, p: int, apart: bool) -> Tensor:
+    """For p slices of as many tokens as x (T, q, k) has: (T, p, k), each slice or each token in one
+    piece of memory."""
+    tokens, _, k = x.shape
+    return x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -37,8 +37,8 @@ EXACT_GRAM_SIDE = 2048
 # Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
 FEW_ROWS = 32
 # Multiply-adds that a CPU could do in the time in which one entry of W is written, put in its place
-# and read again: about three passes over 4 bytes at 10 GB/s, against 33 G multiply-adds a second.
-FORMING = 40
+# and read again: some 40 to 85 in float32, and more in bfloat16, by the CPU (docs/log.md).
+FORMING = 80
 
 
 def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:

@@ -249,7 +249,12 @@ def _many(ups: list[Any], kind: int, down: Any, x: Tensor) -> Tensor | None:
     inner = read.inner if read.shape[2:] == (m2, m1) and read.layout == layout else None
     if inner is not None and inner.numel() > cpu_kernels.MOST_MIXED:
         inner = None
-    y = cpu_kernels.hidden(parts, kind, inner, apart=read.apart and inner is not None)
+    slices, outer, _ = parts[0]
+    if inner is not None:
+        room = cpu_kernels.room(slices, len(inner), read.apart)
+    else:
+        room = slices if outer is None else cpu_kernels.room(slices, m2, apart=False)
+    y = cpu_kernels.hidden(parts, kind, inner, room)
     if inner is None:
         y = read.enter(kron.from_slices(y, torch.Size([len(x)]), layout))
     return read.leave(y, down.bias, lead)

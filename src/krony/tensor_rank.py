@@ -9,6 +9,7 @@ dense matrix m2·n2: as in fast matrix multiplication (Strassen 1969). Four term
 factors take five instead of twelve, and nine when dense.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ EXACT = 1e-9  # relative error, float64
 # Norm of the terms over that of their sum: what rounding is magnified by.
 MOST_CANCELLATION = 3.0
 # Multiply-adds that a product could do for each entry of a sum of large factors while that is made,
-# in float32 and in 16 bits: in decode.c, and by torch.
-SUMMING = {True: (12, 28), False: (44, 176)}
+# in float32 and in 16 bits: in hidden.c, and by torch. Of bfloat16 a tile unit does many more.
+SUMMING = {True: (30, 50), False: (80, 320)}
+SUMMING_WITH_TILES = 320
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def summed(
     (m1, n1), (terms, products) = large_shape, found.c.shape
     if mix_first:  # (m1, R·n1)
         return kron.mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
-    return (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT  # (R·m1, n1)
+    if weight.element_size() == 2:  # (R·m1, n1)
+        apart = weight.view(terms, m1, n1).transpose(0, 1)
+        return kron.mix(found.c.T, apart, apart=True).permute(1, 2, 0)
+    return (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT
 
 
 def apply(
@@ -171,10 +176,9 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
 
 
 def _products(group: Any) -> float:
-    """Products of the large factor's size that the group takes by its terms, or formed."""
+    """Products of the large factor's size that a token takes by the terms."""
     (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-    now = kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
-    return min(now, m2 * n2)
+    return kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
 
 
 def _may_help(group: Any, tokens: int, dtype: torch.dtype) -> bool:
@@ -186,6 +190,14 @@ def _may_help(group: Any, tokens: int, dtype: torch.dtype) -> bool:
     return not torch.is_grad_enabled() and tokens * _products(group) >= SUMMING[True][narrow]
 
 
+def _summing(dtype: torch.dtype) -> float:
+    """`SUMMING` here, for a dtype; the first call compiles."""
+    in_c = dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
+    if dtype == torch.bfloat16 and "amx_bf16" in cpu_kernels.processor():
+        return SUMMING_WITH_TILES if in_c else math.inf
+    return SUMMING[in_c][dtype.itemsize == 2]
+
+
 def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition | None:
     """That of a `KroneckerGroup`, where it helps for so many tokens on a CPU.
 
@@ -195,10 +207,11 @@ def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition 
     """
     if group.terms == 1 or not _may_help(group, tokens, dtype):
         return None
-    # Asked last, since the first call compiles.
-    in_c = dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
-    now, summing = _products(group), SUMMING[in_c][dtype.itemsize == 2]
-    if tokens * now < summing:
+    m2, n2 = group.small_shape
+    # By the terms, or formed; each in products of the large factor's size.
+    now = min(_products(group) * tokens, m2 * n2 * (tokens + group.terms + kron.FORMING))
+    summing = _summing(dtype)  # asked last, since it compiles
+    if now < summing:
         return None
     small = group.scaled_small
     known = group.__dict__.get("_products")
@@ -207,6 +220,6 @@ def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition 
         known = (small.clone(), found and found.to(dtype))
         group.__dict__["_products"] = known
     result: Decomposition | None = known[1]
-    if result is None or (now - result.products) * tokens < result.products * summing:
+    if result is None or now < result.products * (tokens + summing):
         return None
     return result
