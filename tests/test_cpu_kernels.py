@@ -86,7 +86,7 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(cpu_decode.run(made, x, [made]))
+            results.append(cpu_decode.run(made, x))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -110,18 +110,18 @@ def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
 @compiled
 def test_what_it_leaves_to_torch():
     made, x = group((18, 20), (2, 2), 2), torch.randn(1, 40)
-    assert cpu_decode.run(made, x, [made]) is not None
+    assert cpu_decode.run(made, x) is not None
     with torch.enable_grad():
-        assert cpu_decode.run(made, x, [made]) is None
+        assert cpu_decode.run(made, x) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu_decode.run(made, x, [made]) is None
-    assert cpu_decode.run(made, x.double(), [made]) is None
-    assert cpu_decode.run(made, x.bfloat16(), [made]) is None
+        assert cpu_decode.run(made, x) is None
+    assert cpu_decode.run(made, x.double()) is None
+    assert cpu_decode.run(made, x.bfloat16()) is None
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         made(x)
     assert counter.get_total_flops() > 0
     many = group((4, 4), (300, 300), 1)
-    assert cpu_decode.run(many, torch.randn(1, 1200), [many]) is None
+    assert cpu_decode.run(many, torch.randn(1, 1200)) is None
     step = torch.compile(made, backend="eager", fullgraph=True)
     torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
 
@@ -224,7 +224,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
-    assert cpu_decode.run(made, x, [made]) is None
+    assert cpu_decode.run(made, x) is None
     assert not cpu_kernels.has_gelu(x)
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 

@@ -5,7 +5,7 @@ it can: what the C code must know is put together once, and kept as long as it h
 """
 
 import ctypes
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,22 @@ MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 # Of small factors, which are applied in plain loops.
 MOST_ENTRIES = 2**16
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names of an MLP's children.
+
+    Attributes:
+        ups: the matrix that writes the hidden axis, or gate and up. One that writes twice the axis
+            that `down` reads is both, the gate first.
+        activation: the module. kind: which of `cpu_kernels`.
+    """
+
+    ups: tuple[str, ...]
+    activation: str
+    down: str
+    kind: int
 
 
 class _Group(ctypes.Structure):
@@ -50,27 +66,26 @@ class Prepared:
     flat lists, which are checked in microseconds: a token has no more than that for a layer.
 
     Args:
-        ups: the layer; or the layers that write the hidden axis.
-        down: what reads it, or None.
-        owner: the module of which these are children; its other children are watched too.
+        owner: the layer, or with `parts` the MLP.
     """
 
-    def __init__(self, ups: Sequence[Any], down: Any, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, parts: Parts | None) -> None:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._children: list[tuple[dict[str, Any], str, Any]] = []
         self._hooks: list[Any] = []
         self._kept: list[Any] = []
         self._usable = True
         self.slices = 1  # rows a token that meet a large factor, at most
-        matrices = [self._matrix(layer) for layer in ups]
-        self._ups = (_Matrix * len(ups))(*matrices)
-        self._down = None if down is None else self._matrix(down)
-        self.ups = ctypes.byref(self._ups)
-        self.down = None if self._down is None else ctypes.byref(self._down)
-        self.count, self.m = len(ups), (self._down or self._ups[0]).m
-        if down is not None:
+        matrices = [self._matrix(layer) for layer in _layers(owner, parts)]
+        self.m: int = matrices[-1].m
+        self.down: Any = None
+        self.activation = cpu_kernels.NONE
+        if parts is not None:
+            self.down, self.activation = ctypes.byref(matrices.pop()), parts.kind
             for name in owner._modules:
                 self._child(owner, name)
+        self.count = len(matrices)
+        self.ups = ctypes.byref((_Matrix * self.count)(*matrices))
         self._usable &= all(tensor.is_contiguous() for _, _, tensor, _ in self._tensors)
 
     def _matrix(self, layer: Any) -> _Matrix:
@@ -147,38 +162,33 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def prepare(
-    owner: nn.Module, ups: Sequence[Any], down: Any, dtype: torch.dtype, learns: bool
+def _layers(owner: nn.Module, parts: Parts | None) -> list[Any]:
+    names = () if parts is None else (*parts.ups, parts.down)
+    return [owner._modules[name] for name in names] or [owner]
+
+
+def _prepare(
+    owner: nn.Module, parts: Parts | None, dtype: torch.dtype, learns: bool
 ) -> Prepared | None:
     """`Prepared`, kept with its owner, or None where it can't be; `learns`: gradients are on."""
     kept: Prepared | None = owner.__dict__.get("_prepared")
     if kept is not None and kept.fits(dtype, learns):
         return kept
-    layers = ups if down is None else (*ups, down)
-    watched = () if down is None else owner.children()
-    if any(map(is_hooked, watched)) or not all(map(_is_plain, layers)):
+    watched = () if parts is None else owner.children()
+    if any(map(is_hooked, watched)) or not all(map(_is_plain, _layers(owner, parts))):
         return None
-    kept = owner.__dict__["_prepared"] = Prepared(ups, down, owner)
+    kept = owner.__dict__["_prepared"] = Prepared(owner, parts)
     return kept if kept.fits(dtype, learns) else None
 
 
-def run(
-    owner: nn.Module,
-    x: Tensor,
-    ups: Sequence[Any],
-    activation: int = cpu_kernels.NONE,
-    down: Any = None,
-) -> Tensor | None:
+def run(owner: nn.Module, x: Tensor, parts: Parts | None = None) -> Tensor | None:
     """The product of a layer, or an MLP, with a few tokens (..., n), or None where this is no help.
 
     It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd,
     autocast and tracing, and as long as reading the large factors is what takes the time.
 
     Args:
-        owner: the layer, or the MLP.
-        ups: the layer; or those that write the hidden axis, the gate first if there is one. One
-            that writes twice the axis that `down` reads gives both.
-        activation: of `cpu_kernels`. down: what reads the hidden axis.
+        owner: a `KroneckerGroup`, `KroneckerLinear` or `nn.Linear`, or with `parts` an MLP.
     """
     if not cpu_kernels.can_take(x) or not cpu_kernels.unwatched(x):
         return None
@@ -187,7 +197,7 @@ def run(
     if not 0 < tokens <= most:
         return None
     learns = torch.is_grad_enabled()
-    found = prepare(owner, ups, down, dtype, learns)
+    found = _prepare(owner, parts, dtype, learns)
     if found is None or tokens * found.slices > most or (learns and x.requires_grad):
         return None
     functions = cpu_kernels.library()
@@ -195,8 +205,7 @@ def run(
         return None
     x, y = x.contiguous(), x.new_empty((*shape[:-1], found.m))
     addresses = x.data_ptr(), y.data_ptr()
-    threads = torch.get_num_threads()
-    decode = functions["decode", dtype]
-    if decode(found.ups, found.count, activation, found.down, *addresses, tokens, threads):
+    threads, decode = torch.get_num_threads(), functions["decode", dtype]
+    if decode(found.ups, found.count, found.activation, found.down, *addresses, tokens, threads):
         raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
     return y

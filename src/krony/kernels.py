@@ -32,7 +32,7 @@ def run(group: Any, x: Tensor) -> Tensor | None:
     """The product of a `KroneckerGroup` with a few tokens in one call, or None where none is made
     for it: decode.c on a CPU, Triton on a GPU."""
     if x.device.type == "cpu" and not _INTERPRETED:
-        return cpu_decode.run(group, x, [group])
+        return cpu_decode.run(group, x)
     small, weight = group.scaled_small, group.large.weight
     if not available(x, small, weight):
         return None
@@ -41,7 +41,7 @@ def run(group: Any, x: Tensor) -> Tensor | None:
 
 def run_layer(layer: Any, x: Tensor) -> Tensor | None:
     """The same for a `KroneckerLinear` with all of its groups and its bias: decode.c, or None."""
-    return None if _INTERPRETED else cpu_decode.run(layer, x, [layer])
+    return None if _INTERPRETED else cpu_decode.run(layer, x)
 
 
 def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:

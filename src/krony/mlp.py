@@ -18,25 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from krony import cpu_decode, cpu_kernels, kron, tensor_rank
 from krony.activations import TanhGELU
+from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The names of an MLP's parts.
-
-    Attributes:
-        ups: the matrix that writes the hidden axis, or gate and up. One that writes twice the axis
-            that `down` reads is both, the gate first.
-        activation: the module. kind: which of `cpu_kernels`.
-    """
-
-    ups: tuple[str, ...]
-    activation: str
-    down: str
-    kind: int
+_LEAST = 32  # tokens from which one loop takes less than the calls that it saves
 
 
 class FusedMLP(nn.Module):
@@ -140,17 +126,21 @@ def _is_right(mlp: FusedMLP, x: Tensor) -> bool:
 
 def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     """The MLP of x (..., n), or None where its own forward is to be taken."""
-    if not isinstance(x, Tensor) or mlp.training or torch.is_grad_enabled():
+    if mlp.training or torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.numel():
         return None
-    parts, modules = mlp.parts, cast(dict[str, nn.Module], mlp._modules)
-    ups, down = [modules[name] for name in parts.ups], modules[parts.down]
-    if not cpu_kernels.can_take(x) or not x.numel() or not _is_right(mlp, x):
+    if not cpu_kernels.can_take(x) or not _is_right(mlp, x):
         return None
-    made = cpu_decode.run(mlp, x, ups, parts.kind, down)
-    if made is not None or not cpu_kernels.unwatched(x) or cpu_kernels.library() is None:
+    parts = mlp.parts
+    made = cpu_decode.run(mlp, x, parts)
+    if made is not None or x.numel() < _LEAST * x.shape[-1]:
         return made
-    watched = (*ups, down, modules[parts.activation])
-    return None if any(map(is_hooked, watched)) else _many(ups, parts.kind, down, x)
+    if not cpu_kernels.unwatched(x) or cpu_kernels.library() is None:
+        return None
+    modules = cast(dict[str, nn.Module], mlp._modules)
+    layers = [modules[name] for name in (*parts.ups, parts.down)]
+    if any(map(is_hooked, (*layers, modules[parts.activation]))):
+        return None
+    return _many(layers, parts.kind, x)
 
 
 @dataclass(frozen=True)
@@ -227,12 +217,12 @@ def _dense(weight: Tensor) -> _Route:
     return _Route((1, m, 1, n), "small-outer", weight)
 
 
-def _many(ups: list[Any], kind: int, down: Any, x: Tensor) -> Tensor | None:
+def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     """An MLP for many tokens; None for matrices of which no `_Route` is known."""
-    routes = [route for layer in (*ups, down) if (route := _route(layer, x)) is not None]
-    if len(routes) <= len(ups) or any(route.weight.dtype != x.dtype for route in routes):
+    routes = [route for layer in layers if (route := _route(layer, x)) is not None]
+    if len(routes) < len(layers) or any(route.weight.dtype != x.dtype for route in routes):
         return None
-    *written, read = routes
+    (*written, read), (*ups, down) = routes, layers
     (m2, m1, *_), layout = written[0].shape, written[0].layout
     if any(route.shape[:2] != (m2, m1) or route.layout != layout for route in written):
         return None
