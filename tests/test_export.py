@@ -1,8 +1,10 @@
 """Models for where krony is not installed: self-contained directories, and ONNX graphs."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,13 +203,29 @@ def test_onnx(run, tmp_path):
     sizes = sum(torch.Size(i.dims).numel() for i in stored.graph.initializer)
     assert sizes < 1.1 * model.num_parameters(), "the factors stay apart, tied weights one"
     session = onnxruntime.InferenceSession(inputs / "onnx" / "model.onnx")
-    assert [i.name for i in session.get_inputs()] == ["input_ids"]
+    cached = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
+    given = ["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in cached)]
+    assert [i.name for i in session.get_inputs()] == given
+    assert [i.name for i in session.get_outputs()] == ["logits", *(f"present.{n}" for n in cached)]
     for shape in ((1, 1), (1, 32), (5, 7)):
         ids = torch.randint(4096, shape)
-        (found,) = session.run(["logits"], {"input_ids": ids.numpy()})
+        nothing = torch.zeros(shape[0], 2, 0, 8)
+        feed = dict(zip(given, [ids, torch.ones_like(ids), *[nothing] * 4], strict=True))
+        found, *_ = session.run(None, {name: x.numpy() for name, x in feed.items()})
         with torch.inference_mode():
             expected = model(input_ids=ids).logits
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    # The loop of docs/export.md, on a batch padded on the left, against transformers' own.
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    scope: dict = {}
+    exec(re.search(r"```python\n(import numpy.*?)```", text, re.DOTALL)[1], scope)
+    ids, mask = torch.randint(1, 4096, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    ids[0, :4], mask[0, :4] = 0, 0
+    wanted = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False
+    )
+    made = scope["generate"](session, ids.numpy(), mask.numpy(), 12)
+    assert made.tolist() == wanted.tolist()
 
 
 class Wrong:
@@ -225,7 +243,8 @@ def test_an_onnx_graph_that_differs_is_not_written(monkeypatch, tmp_path):
             pass
 
         def run(self, _, feed):
-            return [torch.zeros(*feed["input_ids"].shape, 96).numpy()]
+            cached = [x for name, x in feed.items() if name.startswith("past")]
+            return [torch.zeros(*feed["input_ids"].shape, 96).numpy(), *cached]
 
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Wrong())
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)

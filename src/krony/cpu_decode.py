@@ -196,6 +196,9 @@ def run(owner: nn.Module, x: Tensor, parts: Parts | None = None) -> Tensor | Non
     tokens, most = x.numel() // shape[-1], MOST_ROWS[dtype]
     if not 0 < tokens <= most:
         return None
+    known: Prepared | None = owner.__dict__.get("_prepared")
+    if known is not None and tokens * known.slices > most:
+        return None
     learns = torch.is_grad_enabled()
     found = _prepare(owner, parts, dtype, learns)
     if found is None or tokens * found.slices > most or (learns and x.requires_grad):

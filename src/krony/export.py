@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.checkpoints import new_directory, save_model
 from krony.errors import KronyError
@@ -21,19 +22,43 @@ from krony.evaluate import context_length
 from krony.modeling import config_of, quantised_of
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
-TRACED, CHECKED = (2, 12), ((2, 12), (1, 1), (3, 29))  # batch and length
+# Batch and length, of which 5 are in the cache when the graph is made; and those it is checked on.
+TRACED, CACHED, CHECKED = (2, 12), 5, ((2, 12), (1, 1), (3, 29))
+
+Past = list[tuple[Tensor, Tensor]]
 
 
-class _Logits(nn.Module):
-    """input_ids (batch, length) to logits (batch, length, tokens), nothing else in or out."""
+class _Step(nn.Module):
+    """(input_ids (b, t), attention_mask (b, p + t), keys and values of p tokens) to (logits, keys
+    and values of p + t tokens); nothing is cached for a model whose cache is not made of these."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: Past
+    ) -> tuple[Tensor, Past] | Tensor:
+        more: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": bool(past)}
+        if self.positions:  # those of a padded row start where its tokens do
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            more["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if not past:
+            logits: Tensor = self.model(input_ids=input_ids, **more).logits
+            return logits
+        cache = DynamicCache(ddp_cache_data=past)
+        found = self.model(input_ids=input_ids, past_key_values=cache, **more)
+        return found.logits, _layers(found.past_key_values)
+
+
+def _layers(cache: Any) -> Past:
+    """Keys and values of every layer, (b, heads, tokens, size) each, or nothing where there are
+    others."""
+    layers = getattr(cache, "layers", None) or []
+    pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
+    plain = all(isinstance(x, Tensor) and x.dim() == 4 for pair in pairs for x in pair)
+    return pairs if plain else []  # type: ignore[return-value]
 
 
 def onnx(
@@ -43,9 +68,9 @@ def onnx(
 ) -> float:
     """Write `model.onnx`, its weights beside it, the configuration and the tokenizer.
 
-    The graph maps input_ids (batch, length) to logits (batch, length, tokens) for every batch and
-    length up to the context; factors stay apart, and there is no KV cache. It is run in onnxruntime
-    on several shapes and compared before anything is left at `destination`.
+    One graph for the prompt and for what follows, with a KV cache (`_Step`), for every batch and
+    length up to the context; factors stay apart. It is run in onnxruntime on several shapes and
+    compared before anything is left at `destination`.
 
     Returns:
         The largest absolute difference between the logits of onnxruntime and of torch.
@@ -73,14 +98,17 @@ def onnx(
     with new_directory(destination) as folder:
         with _for_export(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            past, free = _past(model), torch.export.Dim.DYNAMIC
+            ids, mask = _ids(model, TRACED), torch.ones(TRACED, dtype=torch.long)
+            each = {0: free, 2: free}
             try:
                 program = torch.onnx.export(
-                    _Logits(model).eval(),
-                    (_ids(model, TRACED),),
+                    _Step(model).eval(),
+                    (ids[:, CACHED:] if past else ids, mask, past),
                     dynamo=True,
-                    dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},),
-                    input_names=["input_ids"],
-                    output_names=["logits"],
+                    dynamic_shapes=(*[{0: free, 1: free}] * 2, [(each, each) for _ in past]),
+                    input_names=["input_ids", "attention_mask", *_names("past_key_values", past)],
+                    output_names=["logits", *_names("present", past)],
                     verbose=False,
                 )
             except torch.onnx.errors.OnnxExporterError as error:
@@ -90,7 +118,7 @@ def onnx(
                 ) from error
         assert program is not None
         program.save(folder / "model.onnx", external_data=True)
-        difference = _difference(model, folder / "model.onnx")
+        difference = _difference(model, folder / "model.onnx", past)
         model.config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -119,17 +147,43 @@ def _ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
     return torch.randint(model.config.get_text_config().vocab_size, size, generator=generator)
 
 
+def _past(model: PreTrainedModel) -> Past:
+    """What the model caches of `CACHED` tokens of `TRACED`."""
+    ids = _ids(model, TRACED)[:, :CACHED].to(model.device)
+    return _layers(model(input_ids=ids, use_cache=True).past_key_values)
+
+
+def _names(prefix: str, past: Past) -> list[str]:
+    """Of keys and values, layer by layer, as optimum calls them."""
+    return [f"{prefix}.{i}.{kind}" for i in range(len(past)) for kind in ("key", "value")]
+
+
 @torch.no_grad()
-def _difference(model: PreTrainedModel, path: Path) -> float:
-    """The largest absolute difference over `CHECKED`. Raises `KronyError` beyond the tolerance."""
+def _difference(model: PreTrainedModel, path: Path, past: Past) -> float:
+    """The largest absolute difference over `CHECKED`. Raises `KronyError` beyond the tolerance.
+
+    With a cache, the tokens come in three pieces: from nothing, one, and the rest.
+    """
     runtime = importlib.import_module("onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     largest = 0.0
     for shape in CHECKED:
         ids = _ids(model, shape)
         expected = model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()
-        found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
-        difference = float((found - expected).abs().max())
+        logits, seen = [], 0
+        held = [torch.zeros(len(ids), x.shape[1], 0, x.shape[3]) for pair in past for x in pair]
+        for piece in (
+            ids.split([ids.shape[1] // 2, 1, (ids.shape[1] - 1) // 2], 1) if past else [ids]
+        ):
+            if not (length := piece.shape[1]):
+                continue
+            seen += length
+            mask = torch.ones(len(ids), seen, dtype=torch.long)
+            names = ["input_ids", "attention_mask", *_names("past_key_values", past)]
+            feed = dict(zip(names, (x.numpy() for x in (piece, mask, *held)), strict=True))
+            found, *held = (torch.from_numpy(x) for x in session.run(None, feed))
+            logits.append(found)
+        difference = float((torch.cat(logits, 1) - expected).abs().max())
         limit = TOLERANCE * max(1.0, float(expected.abs().max()))
         if not difference <= limit:
             raise KronyError(
