@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from krony.checkpoints import new_directory, save_model
 from krony.errors import KronyError
 from krony.evaluate import context_length
+from krony.families import cache_name
 from krony.modeling import config_of, quantised_of
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
@@ -35,6 +36,7 @@ class _Step(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.cache = cache_name(model)
         self.positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
     def forward(
@@ -47,9 +49,9 @@ class _Step(nn.Module):
         if not past:
             logits: Tensor = self.model(input_ids=input_ids, **more).logits
             return logits
-        cache = DynamicCache(ddp_cache_data=past)
-        found = self.model(input_ids=input_ids, past_key_values=cache, **more)
-        return found.logits, _layers(found.past_key_values)
+        more[self.cache] = DynamicCache(ddp_cache_data=past)
+        found = self.model(input_ids=input_ids, **more)
+        return found.logits, _layers(found[self.cache])
 
 
 def _layers(cache: Any) -> Past:
@@ -150,7 +152,7 @@ def _ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
 def _past(model: PreTrainedModel) -> Past:
     """What the model caches of `CACHED` tokens of `TRACED`."""
     ids = _ids(model, TRACED)[:, :CACHED].to(model.device)
-    return _layers(model(input_ids=ids, use_cache=True).past_key_values)
+    return _layers(model(input_ids=ids, use_cache=True).get(cache_name(model)))
 
 
 def _names(prefix: str, past: Past) -> list[str]:

@@ -9,6 +9,7 @@ GPT-NeoX, OPT, GPT-Neo, Phi, Gemma, BLOOM and their like. Anything else is reach
 
 import difflib
 import fnmatch
+import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -252,6 +253,12 @@ def states_and_head(
     if short:
         return states, head
     return (lambda **inputs: forward(model, **inputs, use_cache=False).logits), nn.Identity()
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model's forward and its output call the cache: a newer transformers renames it."""
+    names = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _block_targets(model: PreTrainedModel) -> list[Target]:

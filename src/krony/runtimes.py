@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from krony.errors import KronyError
+from krony.families import cache_name
 from krony.roofline import timed
 
 
@@ -78,7 +79,8 @@ class Runner:
         """The likeliest next tokens (b, 1) after ids (b, t) and what the cache holds."""
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        output = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        held = {cache_name(self.model): cache}
+        output = forward(input_ids=ids, use_cache=True, logits_to_keep=1, **held)
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
     def generate(self, ids: Tensor, new: int) -> tuple[float, Tensor]:
