@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from krony import evaluate, kernels, kron
+from krony import evaluate, kernels, kron, products
 from krony.bench import in_turn, summary
 from krony.checkpoints import DTYPES, write_json
 from krony.roofline import timed
@@ -56,7 +56,7 @@ def forms(
 
     def plain() -> None:
         for weight in weights:
-            kron.apply(x, b, _linear(weight), large, "small-outer", mix_first)
+            products.apply(x, b, _linear(weight), large, "small-outer", mix_first)
 
     def whole() -> None:
         for weight in dense:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import dense_sum
-from krony import KroneckerGroup, KroneckerLinear, kernels, kron
+from krony import KroneckerGroup, KroneckerLinear, kernels, kron, products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_torch_form(large, small, terms, tokens, layo
     leaves = [v.requires_grad_() for v in inputs(large, small, terms, tokens, mix_first=mix_first)]
     x, b, weight, bias, _ = leaves
     made = kernels.decode(x, b, weight, large, layout, mix_first, bias)
-    plain = kron.apply(x, b, lambda z: F.linear(z, weight), large, layout, mix_first) + bias
+    plain = products.apply(x, b, lambda z: F.linear(z, weight), large, layout, mix_first) + bias
     torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-4)
     upstream = torch.randn_like(plain)
     found = torch.autograd.grad(made, leaves[:4], upstream)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import dense_sum
-from krony import kron
+from krony import kron, products
 from krony.errors import KronyError
 
 # (outer, inner): the paper's kinds, both corners, prime sides, a vector, both orders.
@@ -150,7 +150,7 @@ def test_apply_equals_the_dense_product(layout, mix_first, terms, large, small, 
     x = torch.randn(*lead, weight.shape[1], dtype=torch.float64)
     linear = kron.large_to_linear(a, mix_first)
     for how in (linear, lambda z: z @ linear.T):
-        y = kron.apply(x, b, how, large, layout, mix_first)
+        y = products.apply(x, b, how, large, layout, mix_first)
         torch.testing.assert_close(y, x @ weight.T)
     assert torch.equal(kron.linear_to_large(linear, terms, mix_first), a)
 

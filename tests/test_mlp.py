@@ -102,7 +102,7 @@ def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypat
     module = make(pair, bias, layout).to(dtype)
     plain = copy.deepcopy(module)
     mlp.install(module)
-    for shape in ((1, 1), (2, 1), (1, 5), (2, 40), (0,)):
+    for shape in ((1, 1), (2, 1), (1, 5), (32,), (2, 40), (0,)):
         x = torch.randn(*shape, MODEL).to(dtype)
         wanted = plain(x)
         found = module(x)
@@ -165,6 +165,7 @@ def test_what_is_left_to_the_module(calls):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         module(x)
     assert counter.get_total_flops() > 0
+    close(module.forward(hidden_states=x), wanted)
     step = torch.compile(module, backend="eager", fullgraph=True)
     close(step(x), wanted)
 
@@ -190,6 +191,10 @@ def test_changes_are_seen():
     group.large = nn.Sequential(copy.deepcopy(group.large), nn.Identity())  # an adapter, say
     check()
     group.large = copy.deepcopy(module.c_proj.groups[0].large[0])
+    check()
+    module.act = nn.ReLU()
+    check()
+    module.act = activations.TanhGELU(nn.GELU)
     check()
     module.to(torch.bfloat16)
     check()
@@ -247,7 +252,7 @@ def test_what_only_looks_like_an_mlp_stays_what_it_is(kind):
     for tokens in (1, 60):
         x = torch.randn(tokens, MODEL)
         assert torch.equal(module(x), plain(x))
-    assert type(module).right is False
+    assert module.right is False
 
 
 def test_others_are_let_alone():

@@ -61,8 +61,8 @@ def test_what_saves_nothing_has_none():
 def test_many_tokens_go_by_fewer_products(monkeypatch, small, terms, large, layout, biased):
     group = make(large, small, terms, layout)
     ways = []
-    apply = tensor_rank.apply
-    monkeypatch.setattr(tensor_rank, "apply", lambda *a: ways.append(a[1].products) or apply(*a))
+    route = tensor_rank.route
+    monkeypatch.setattr(tensor_rank, "route", lambda *a: ways.append(a[0].products) or route(*a))
     x = torch.randn(2, TOKENS // 2, group_dense(group).shape[1], dtype=torch.float64)
     bias = torch.randn(len(group_dense(group)), dtype=torch.float64) if biased else None
     with torch.no_grad():

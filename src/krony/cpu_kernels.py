@@ -129,7 +129,7 @@ def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:
 
 
 def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor | None:
-    """`kron.mix`, or None where this is no help.
+    """`products.mix`, or None where this is no help.
 
     It helps on a CPU, for small factors with few entries, outside of autograd, autocast and
     tracing: a product of tiny matrices for every token takes BLAS several times as long.

@@ -88,7 +88,7 @@ def decode(
 ) -> Tensor:
     """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r) in one launch; differentiable.
 
-    The same as `kron.apply` with a plain linear layer; call it where `available` says so.
+    The same as `products.apply` with a plain linear layer; call it where `available` says so.
 
     Args:
         x: (..., n), a few tokens.

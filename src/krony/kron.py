@@ -15,15 +15,13 @@ They differ by a fixed reordering of rows and columns.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from krony import cpu_kernels
 from krony.errors import KronyError
 
 Layout = Literal["small-outer", "large-outer"]
@@ -34,8 +32,6 @@ Side = TypeVar("Side")  # a factor, or its shape
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
 EXACT_GRAM_SIDE = 2048
-# Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
-FEW_ROWS = 32
 # Multiply-adds that a CPU could do in the time in which one entry of W is written, put in its place
 # and read again: some 40 to 85 in float32, and more in bfloat16, by the CPU (docs/log.md).
 FORMING = 80
@@ -260,192 +256,3 @@ def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
     if mix_first:
         return weight.unflatten(1, (terms, -1)).transpose(0, 1)
     return weight.unflatten(0, (terms, -1))
-
-
-def apply(
-    x: Tensor,
-    small: Tensor,
-    large: Tensor | Callable[[Tensor], Tensor],
-    large_shape: Shape,
-    layout: Layout = "small-outer",
-    mix_first: bool = True,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
-
-    Two matrix products: a large one, and a small one that mixes n2 (or m2·R) slices of the
-    activations, before it or after it.
-
-    Args:
-        x: (..., n).
-        small: B, (R, m2, n2).
-        large: `large_to_linear(A, mix_first)`, or any linear map of that weight: (T, R·n1) to
-            (T, m1) when mixed first, else (T, n1) to (T, R·m1).
-        bias: (m,), added where that costs least.
-    Returns:
-        (..., m).
-    """
-    (m1, n1), (terms, m2, n2) = large_shape, small.shape
-    lead = x.shape[:-1]
-    x = to_slices(x, (-1, n2, n1), layout)
-    offset = None if bias is None else to_slices(bias, (m2, m1), layout)
-    if mix_first:
-        if isinstance(large, Tensor):
-            y = _mixed(x, mixing(small, mix_first), large)
-        else:
-            y = large(mix(mixing(small, mix_first), x).reshape(-1, terms * n1))
-        y = y.reshape(-1, m2, m1)
-        if offset is not None:
-            y = add(y, offset)
-    else:
-        rows = x.reshape(-1, n1)
-        rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
-        y = mix(mixing(small, mix_first), rows.reshape(-1, n2 * terms, m1), offset)
-    return from_slices(y, lead, layout)
-
-
-def mixing(small: Tensor, mix_first: bool) -> Tensor:
-    """B (R, m2, n2) as one matrix, for `mix`: (m2·R, n2) before the large product, else (m2, n2·R)
-    after it."""
-    if len(small) == 1:
-        return small[0]
-    return (small.transpose(0, 1).flatten(0, 1)) if mix_first else small.permute(1, 2, 0).flatten(1)
-
-
-def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """An axis of q·k numbers as q slices, a side of the small factor, of k, one of the large.
-
-    Args:
-        x: (..., q·k). shape: (..., q, k), of the result.
-    """
-    *lead, q, k = shape
-    if layout == "small-outer":
-        return x.reshape(shape)
-    return x.reshape(*lead, k, q).transpose(-1, -2)
-
-
-def from_slices(y: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor:
-    """The inverse of `to_slices` for y (T, q, k): (*lead, q·k)."""
-    _, q, k = y.shape
-    if layout == "large-outer":
-        y = y.transpose(-1, -2)
-    return y.reshape(*lead, q * k)
-
-
-def add(y: Tensor, bias: Tensor) -> Tensor:
-    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums.
-
-    In y's dtype: autocast leaves sums alone, and float32 would spread from here.
-    """
-    bias = bias.to(y.dtype)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return y + bias
-    return y.add_(bias)
-
-
-def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = False) -> Tensor:
-    """mixing (p, q) times x (T, q, k), plus a bias (p, k), by the cheapest call for that.
-
-    Args:
-        apart: each of the p slices is wanted in one piece of memory; a wish.
-    Returns:
-        (T, p, k).
-    """
-    if (found := cpu_kernels.mix(mixing, x, bias, apart)) is not None:
-        return found
-    tokens, q, k = x.shape
-    if k == 1:  # the low-rank corner: an ordinary linear map
-        offset = None if bias is None else bias.squeeze(-1)
-        return F.linear(x.squeeze(-1), mixing, offset).unsqueeze(-1)
-    if q == 1:  # in the dtype of x, see `add`
-        mixing = mixing.to(x.dtype)
-        return mixing * x if bias is None else torch.addcmul(bias.to(x.dtype), mixing, x)
-    # torch.matmul, which would do for all, spends several times as long on finding the call.
-    many = mixing.expand(tokens, -1, -1)
-    return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, (T, n) by (m, n) and (m,), the operands in the order that a CPU reads fastest.
-
-    BLAS shares a product among threads by rows of its left operand, and with a few tokens these are
-    too few: the weight goes to the left then, for up to 2.5 times the speed (docs/log.md). Three
-    rows take longer than four.
-    """
-    tokens = len(x)
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= tokens <= FEW_ROWS
-    if not few or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if tokens == 3:
-        x = F.pad(x, (0, 0, 0, 1))
-    tall = len(weight) >= weight.shape[1]
-    if len(x) == 4 or (len(x) == 2 and tall) or torch.get_num_threads() > 1:
-        y = torch.mm(weight, x.T).T[:tokens]
-        return y if bias is None else add(y, bias)
-    return F.linear(x, weight, bias)
-
-
-def _mixed(x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
-    """The slices x (T, q, k), mixed by (p, q), through the weight (m1, R·k): (T·p / R, m1).
-
-    In training, the mixed slices, as many as the inputs or more, are made again in the backward
-    pass instead of being kept: a factored layer then keeps no more than a dense one does.
-    """
-    kept = not torch.is_grad_enabled() or torch.compiler.is_exporting()
-    if kept or x.shape[-1] == 1:
-        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
-    if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, mixing, weight = x.to(dtype), mixing.to(dtype), weight.to(dtype)
-    y: Tensor = _Mixed.apply(x, mixing, weight)
-    return y
-
-
-class _Mixed(torch.autograd.Function):
-    """`_mixed` with a backward pass that mixes again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mixing, weight)
-        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, mixing, weight = ctx.saved_tensors
-        (gradient,) = gradients
-        for_x, for_mixing, for_weight = ctx.needs_input_grad
-        tokens, _, k = x.shape
-        of_weight = of_mixing = of_x = None
-        if for_weight:
-            of_weight = gradient.T @ mix(mixing, x).reshape(-1, weight.shape[1])
-        if for_x or for_mixing:
-            of_rows = (gradient @ weight).reshape(tokens, -1, k)
-            if for_mixing:
-                of_mixing = torch.bmm(of_rows, x.mT).sum(0)
-            if for_x:
-                of_x = mix(mixing.T, of_rows)
-        return of_x, of_mixing, of_weight
-
-
-def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """Rows of W = Σ_r outer_r ⊗ inner_r, without forming W: an embedding's lookup.
-
-    Row c·m_inner + a of a Kronecker product is outer's row c ⊗ inner's row a.
-
-    Args:
-        ids: (...), row numbers from 0 to m - 1.
-        outer, inner: (R, ·, ·) each.
-    Returns:
-        (..., n).
-    """
-    left = _pick(outer, ids // inner.shape[1])
-    right = _pick(inner, ids % inner.shape[1])
-    return torch.einsum("...rd,...rb->...db", left, right).flatten(-2).reshape(*ids.shape, -1)
-
-
-def _pick(factors: Tensor, ids: Tensor) -> Tensor:
-    """Row `ids` of every term: (..., R, n); a single row is not repeated: (R, n)."""
-    if factors.shape[1] == 1:
-        return factors[:, 0]
-    table = factors.transpose(0, 1).flatten(1)
-    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))

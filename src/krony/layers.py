@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony import kron
+from krony import kron, products
 from krony.errors import KronyError
 from krony.kron import Layout, Shape
 from krony.packing import is_quantised
@@ -164,15 +164,15 @@ class KroneckerGroup(nn.Module):
         if plain and self.fused is not None:
             made: Tensor | None = self.fused.run(self, x)
             if made is not None:
-                return made if bias is None else kron.add(made, bias)
+                return made if bias is None else products.add(made, bias)
         large = self.large.weight if plain else self.large
         shapes = (self.large_shape, self.layout, self.mix_first)
-        return kron.apply(x, self.scaled_small, large, *shapes, bias)
+        return products.apply(x, self.scaled_small, large, *shapes, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W, (..., n), W not formed."""
         factors = kron.in_order(self.large_factors, self.scaled_small, self.layout)
-        return kron.rows(ids, *factors)
+        return products.rows(ids, *factors)
 
     def extra_repr(self) -> str:
         large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
@@ -236,7 +236,7 @@ class KroneckerLinear(nn.Module):
         # By name: torch counts FLOPs with hooks that choke on a parameter among the arguments.
         y: Tensor = first(x, bias=self.bias)
         for group in others:
-            y = kron.add(y, group(x))
+            y = products.add(y, group(x))
         return y
 
     def extra_repr(self) -> str:

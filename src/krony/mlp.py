@@ -8,7 +8,6 @@ what lies between the two large products is one loop of hidden.c.
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from krony import cpu_decode, cpu_kernels, kron, tensor_rank
+from krony import cpu_decode, cpu_kernels, products, tensor_rank
 from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked
+from krony.products import Route
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
 _LEAST = 32  # tokens from which one loop takes less than the calls that it saves
@@ -30,14 +30,14 @@ class FusedMLP(nn.Module):
 
     original: type[nn.Module]
     parts: Parts
-    # Whether the parts make up what the class computes: found out at the first call.
+    # Whether the parts make up what this module computes: found out at its first call.
     right: bool | None = None
 
-    def forward(self, x: Tensor, *more: Any, **options: Any) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """As the original's."""
-        if not more and not options and (made := _run(self, x)) is not None:
+        if len(inputs) == 1 and not options and (made := _run(self, *inputs)) is not None:
             return made
-        return super().forward(x, *more, **options)
+        return super().forward(*inputs, **options)
 
 
 _CLASSES: dict[tuple[type[nn.Module], Parts], type[FusedMLP]] = {}
@@ -56,6 +56,8 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedMLP):
             module.__class__ = cast(Any, module.original)
+            for kept in ("right", "_prepared"):
+                module.__dict__.pop(kept, None)
 
 
 def _fused(original: type[nn.Module], parts: Parts) -> type[FusedMLP]:
@@ -113,15 +115,18 @@ def _features(layer: nn.Module) -> tuple[int, int]:
 
 
 def _is_right(mlp: FusedMLP, x: Tensor) -> bool:
-    """Whether the class computes what its parts make up, found out once for all of its modules."""
-    kind = type(mlp)
-    if kind.right is None:
-        kind.right = False  # so that this call goes by the original
+    """Whether the module computes what its parts make up.
+
+    Not by class: in some models a layer's MLP does more than another's.
+    """
+    if mlp.right is None:
+        mlp.right = False  # whatever happens now
         some = x.reshape(-1, x.shape[-1])[:_PROBE]
         # Shapes that don't fit, other arguments: something else than an MLP.
         with contextlib.suppress(RuntimeError, TypeError):
-            kind.right = torch.equal(_composed(mlp, some), kind.original.forward(mlp, some))
-    return kind.right
+            found, wanted = _composed(mlp, some), mlp.original.forward(mlp, some)
+            mlp.right = torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
+    return mlp.right
 
 
 def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
@@ -130,65 +135,21 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
         return None
     if not cpu_kernels.can_take(x) or not _is_right(mlp, x):
         return None
-    parts = mlp.parts
+    parts, modules = mlp.parts, cast(dict[str, nn.Module], mlp._modules)
+    if _kind(modules[parts.activation]) != parts.kind:  # another one since then
+        return None
     made = cpu_decode.run(mlp, x, parts)
     if made is not None or x.numel() < _LEAST * x.shape[-1]:
         return made
     if not cpu_kernels.unwatched(x) or cpu_kernels.library() is None:
         return None
-    modules = cast(dict[str, nn.Module], mlp._modules)
     layers = [modules[name] for name in (*parts.ups, parts.down)]
     if any(map(is_hooked, (*layers, modules[parts.activation]))):
         return None
     return _many(layers, parts.kind, x)
 
 
-@dataclass(frozen=True)
-class _Route:
-    """How a matrix is applied to many tokens: its inputs' slices mixed, or not; products with the
-    large factor; the results' slices mixed, or not.
-
-    Attributes:
-        shape: (m2, m1, n2, n1), of the slices of outputs and inputs.
-        weight: (m1, terms·n1) or (terms·m1, n1) as a layer has it; with `apart` (K, n1, m1), each
-            for a slice of its own.
-        inner: (p, n2), outer: (m2, q), or None.
-    """
-
-    shape: tuple[int, int, int, int]
-    layout: kron.Layout
-    weight: Tensor
-    inner: Tensor | None = None
-    outer: Tensor | None = None
-    apart: bool = False
-
-    def enter(self, x: Tensor) -> Tensor:
-        """(T, n) to the slices (T, p, n1) that meet the large factor."""
-        _, _, n2, n1 = self.shape
-        x = kron.to_slices(x, (-1, n2, n1), self.layout)
-        return x if self.inner is None else kron.mix(self.inner, x, apart=self.apart)
-
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Slices (T, p, n1) to (T, q, m1); a bias (m1,) is that of each of them."""
-        if self.apart:
-            return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
-        rows = kron.project(x.reshape(-1, self.weight.shape[1]), self.weight, bias)
-        return rows.reshape(len(x), -1, self.shape[1])
-
-    def leave(self, x: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
-        """Slices (T, p, n1) to the outputs (*lead, m)."""
-        m2, m1, _, _ = self.shape
-        bias = None if bias is None else kron.to_slices(bias, (m2, m1), self.layout)
-        if self.outer is not None:
-            x = kron.mix(self.outer, self.product(x), bias)
-        elif m2 == 1:
-            x = self.product(x, None if bias is None else bias[0])
-        else:
-            x = self.product(x) if bias is None else kron.add(self.product(x), bias)
-        return kron.from_slices(x, lead, self.layout)
-
-
-def _route(layer: Any, x: Tensor) -> _Route | None:
+def _route(layer: Any, x: Tensor) -> Route | None:
     """For a layer of one group of factors, or of none; None for others."""
     if not isinstance(layer, KroneckerLinear):
         weight = layer.weight
@@ -203,24 +164,24 @@ def _route(layer: Any, x: Tensor) -> _Route | None:
     shape, layout = (m2, m1, n2, n1), group.layout
     found = tensor_rank.decomposition(group, tokens, x.dtype)
     if found is not None:
-        summed = tensor_rank.summed(found, weight, (m1, n1), group.mix_first)
-        return _Route(shape, layout, summed, found.v.T, found.u, apart=True)
+        return tensor_rank.route(found, weight, (m1, n1), layout, group.mix_first)
     if group.dense_from < math.inf and group.forms_dense(tokens):
         return _dense(group.to_dense())
-    mixing = kron.mixing(group.scaled_small, group.mix_first)
+    mixing = products.mixing(group.scaled_small, group.mix_first)
     inner, outer = (mixing, None) if group.mix_first else (None, mixing)
-    return _Route(shape, layout, weight, inner, outer)
+    return Route(shape, layout, weight, inner, outer)
 
 
-def _dense(weight: Tensor) -> _Route:
+def _dense(weight: Tensor) -> Route:
     m, n = weight.shape
-    return _Route((1, m, 1, n), "small-outer", weight)
+    return Route((1, m, 1, n), "small-outer", weight)
 
 
 def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
-    """An MLP for many tokens; None for matrices of which no `_Route` is known."""
+    """An MLP for many tokens; None for matrices of which no `Route` is known."""
     routes = [route for layer in layers if (route := _route(layer, x)) is not None]
-    if len(routes) < len(layers) or any(route.weight.dtype != x.dtype for route in routes):
+    held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]
+    if len(routes) < len(layers) or any(tensor.dtype != x.dtype for tensor in held):
         return None
     (*written, read), (*ups, down) = routes, layers
     (m2, m1, *_), layout = written[0].shape, written[0].layout
@@ -232,9 +193,10 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     parts = []
     for route, layer in zip(written, ups, strict=True):
         slices, bias, outer = route.product(route.enter(x)), layer.bias, route.outer
-        bias = None if bias is None else kron.to_slices(bias, (m2, m1), layout)
+        bias = None if bias is None else products.to_slices(bias, (m2, m1), layout)
         if outer is not None and outer.numel() > cpu_kernels.MOST_MIXED:
-            slices, bias, outer = kron.mix(outer, slices, bias), None, None
+            slices, bias, outer = products.mix(outer, slices, bias), None, None
+        slices = slices if slices.stride(2) == 1 else slices.contiguous()
         parts.append((slices, outer, bias))
     inner = read.inner if read.shape[2:] == (m2, m1) and read.layout == layout else None
     if inner is not None and inner.numel() > cpu_kernels.MOST_MIXED:
@@ -246,5 +208,5 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
         room = slices if outer is None else cpu_kernels.room(slices, m2, apart=False)
     y = cpu_kernels.hidden(parts, kind, inner, room)
     if inner is None:
-        y = read.enter(kron.from_slices(y, torch.Size([len(x)]), layout))
+        y = read.enter(products.from_slices(y, torch.Size([len(x)]), layout))
     return read.leave(y, down.bias, lead)

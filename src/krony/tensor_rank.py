@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from krony import cpu_kernels, kron
+from krony.products import Route, mix
 
 MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
 SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
@@ -132,31 +133,24 @@ def summed(
     """Σ_r c_rk A_r, transposed: (K, n1, m1), of A as `kron.large_to_linear` lays it out."""
     (m1, n1), (terms, products) = large_shape, found.c.shape
     if mix_first:  # (m1, R·n1)
-        return kron.mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
+        return mix(found.c.T, weight.unflatten(1, (terms, n1)), apart=True).permute(1, 2, 0)
     if weight.element_size() == 2:  # (R·m1, n1)
         apart = weight.view(terms, m1, n1).transpose(0, 1)
-        return kron.mix(found.c.T, apart, apart=True).permute(1, 2, 0)
+        return mix(found.c.T, apart, apart=True).permute(1, 2, 0)
     return (found.c.T @ weight.view(terms, -1)).view(products, m1, n1).mT
 
 
-def apply(
-    x: Tensor,
+def route(
     found: Decomposition,
     weight: Tensor,
     large_shape: kron.Shape,
     layout: kron.Layout = "small-outer",
     mix_first: bool = True,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """y = x Wᵀ + bias as `kron.apply` with a plain weight, by K large products."""
-    (m1, n1), m2, n2 = large_shape, len(found.u), len(found.v)
-    lead = x.shape[:-1]
-    x = kron.to_slices(x, (-1, n2, n1), layout)
-    offset = None if bias is None else kron.to_slices(bias, (m2, m1), layout)
-    y = kron.mix(found.v.T, x, apart=True).transpose(0, 1)  # (K, T, n1)
-    y = torch.bmm(y, summed(found, weight, large_shape, mix_first)).transpose(0, 1)  # (T, K, m1)
-    y = kron.mix(found.u, y, offset)
-    return kron.from_slices(y, lead, layout)
+) -> Route:
+    """The way through K large products, for a weight as `kron.large_to_linear` lays it out."""
+    (m1, n1), shape = large_shape, (len(found.u), len(found.v))
+    summed_up = summed(found, weight, large_shape, mix_first)
+    return Route((shape[0], m1, shape[1], n1), layout, summed_up, found.v.T, found.u, apart=True)
 
 
 def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -172,7 +166,7 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
     found = decomposition(group, tokens, x.dtype)
     if found is None:
         return None
-    return apply(x, found, weight, group.large_shape, group.layout, group.mix_first, bias)
+    return route(found, weight, group.large_shape, group.layout, group.mix_first).apply(x, bias)
 
 
 def _products(group: Any) -> float:
