@@ -120,7 +120,9 @@ def _is_right(mlp: FusedMLP, x: Tensor) -> bool:
     Not by class: in some models a layer's MLP does more than another's.
     """
     if mlp.right is None:
-        mlp.right = False  # whatever happens now
+        if not cpu_kernels.unwatched(x):
+            return False  # for now
+        mlp.right = False  # whatever happens below
         some = x.reshape(-1, x.shape[-1])[:_PROBE]
         # Shapes that don't fit, other arguments: something else than an MLP.
         with contextlib.suppress(RuntimeError, TypeError):
@@ -131,9 +133,9 @@ def _is_right(mlp: FusedMLP, x: Tensor) -> bool:
 
 def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     """The MLP of x (..., n), or None where its own forward is to be taken."""
-    if mlp.training or torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.numel():
+    if mlp.training or torch.is_grad_enabled() or not isinstance(x, Tensor):
         return None
-    if not cpu_kernels.can_take(x) or not _is_right(mlp, x):
+    if not x.is_cpu or not x.numel() or not cpu_kernels.can_take(x) or not _is_right(mlp, x):
         return None
     parts, modules = mlp.parts, cast(dict[str, nn.Module], mlp._modules)
     if _kind(modules[parts.activation]) != parts.kind:  # another one since then
