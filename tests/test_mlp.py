@@ -9,6 +9,7 @@ from transformers import GPT2Config, LlamaConfig, Phi3Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.pytorch_utils import Conv1D
 
 from krony import KroneckerGroup, KroneckerLinear, activations, cpu_kernels, mlp, tensor_rank
 
@@ -26,6 +27,8 @@ PAIRS = {
     "low rank": (((144, 1), (1, 48), 7), ((48, 1), (1, 144), 5)),
     "sums of groups": ([((144, 1), (1, 48), 3), ((48, 48), (3, 1), 1)], ((48, 48), (1, 3), 1)),
     "one dense": (((48, 48), (3, 1), 1), None),
+    "by columns": (Conv1D, ((48, 48), (1, 3), 1)),
+    "nothing factored": (Conv1D, Conv1D),
 }
 
 
@@ -53,6 +56,10 @@ def calls(monkeypatch):
 def layer(m, n, spec, bias, layout="small-outer"):
     if spec is None:
         return nn.Linear(n, m, bias)
+    if spec is Conv1D:
+        made = Conv1D(m, n)
+        made.bias.copy_(torch.randn(m))
+        return made
     specs = spec if isinstance(spec, list) else [spec]
     made = KroneckerLinear(n, m, [KroneckerGroup(*s, layout) for s in specs], bias)
     for parameter in made.parameters():
@@ -101,7 +108,9 @@ def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypat
     monkeypatch.setattr(tensor_rank, "_summing", lambda dtype: 1)  # also for these few tokens
     module = make(pair, bias, layout).to(dtype)
     plain = copy.deepcopy(module)
-    mlp.install(module)
+    narrowed = [name for name, x in module.named_children() if isinstance(x, Conv1D)]
+    mlp.install(module, narrowed)
+    assert isinstance(module, mlp.FusedMLP)
     for shape in ((1, 1), (2, 1), (1, 5), (32,), (2, 40), (0,)):
         x = torch.randn(*shape, MODEL).to(dtype)
         wanted = plain(x)
@@ -113,7 +122,9 @@ def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypat
 
 @pytest.mark.parametrize(("tokens", "name"), [(1, "decode"), (60, "hidden")])
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("pair", ["mixed between", "mixed at both ends", "terms", "one dense"])
+@pytest.mark.parametrize(
+    "pair", ["mixed between", "mixed at both ends", "terms", "one dense", "by columns"]
+)
 def test_one_call_does_it(pair, make, tokens, name, calls):
     module = make(PAIRS[pair])
     mlp.install(module)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from krony import cpu_kernels
 from krony.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
@@ -44,7 +45,7 @@ class _Group(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, _POINTER) for name in ("small", "scalars", "weight", "order")),
         *((name, _SIZE) for name in ("terms", "m1", "n1", "m2", "n2")),
-        *((name, _FLAG) for name in ("small_outer", "mix_first")),
+        *((name, _FLAG) for name in ("small_outer", "mix_first", "by_columns")),
     ]
 
 
@@ -100,8 +101,10 @@ class Prepared:
 
     def _group(self, group: Any) -> _Group:
         into = _Group()
-        if type(group) is nn.Linear:
-            (into.m1, into.n1), into.m2, into.n2 = group.weight.shape, 1, 1
+        if isinstance(group, nn.Linear | Conv1D):
+            into.by_columns = isinstance(group, Conv1D)
+            sides = group.weight.shape
+            (into.m1, into.n1), into.m2, into.n2 = sides[::-1] if into.by_columns else sides, 1, 1
             into.terms = into.small_outer = into.mix_first = 1
             into.weight = self._address(group, "weight")
             return into
@@ -156,7 +159,11 @@ def _is_plain(layer: Any) -> bool:
     """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded."""
     groups: Any = layer.groups if isinstance(layer, KroneckerLinear) else [layer]
     return all(
-        (group.is_plain if isinstance(group, KroneckerGroup) else is_plain_linear(group))
+        (
+            group.is_plain
+            if isinstance(group, KroneckerGroup)
+            else any(is_plain_linear(group, kind) for kind in (nn.Linear, Conv1D))
+        )
         and all(p.is_cpu for p in group.parameters())
         for group in groups
     )

@@ -16,12 +16,13 @@ enum { AHEAD = 512 }; /* bytes: far enough to come in time, near enough to be th
 
 /* `order` is NULL, or that of the interpolative form (kron.interpolate): `small` holds the entries that
  * are not of the unit matrix, (terms, m2*n2 - terms), and entry e is column order[e] of the two beside
- * each other. `scalars` (terms) or NULL. A `small` of NULL is a one: a matrix that is not factored. */
+ * each other. `scalars` (terms) or NULL. A `small` of NULL is a one: a matrix that is not factored, the
+ * weight (m1, n1), or `by_columns` (n1, m1). */
 typedef struct {
     const void *small, *scalars, *weight;
     const int32_t *order;
     long terms, m1, n1, m2, n2;
-    int small_outer, mix_first;
+    int small_outer, mix_first, by_columns;
 } Group;
 
 typedef struct {
@@ -34,8 +35,8 @@ typedef struct {
 static long longest(long a, long b) { return a > b ? a : b; }
 
 /* Rows of a weight that a thread takes at a time: all of its share or equal parts of that. */
-static long piece(long rows, int threads) {
-    long share = (rows + threads - 1) / threads, parts = (share + CHUNK - 1) / CHUNK;
+static long piece(long rows, int threads, long most) {
+    long share = (rows + threads - 1) / threads, parts = (share + most - 1) / most;
     long size = (share + parts - 1) / parts;
     return (size + ROWS - 1) / ROWS * ROWS;
 }
@@ -47,10 +48,15 @@ static long width(const Group *g) { return g->mix_first ? g->terms * g->n1 : g->
 /* Low rank: the "small" factors, a row a term, are a matrix like the large one. */
 static int low_rank(const Group *g) { return g->small && g->mix_first && g->n1 == 1 && g->m2 == 1; }
 
+/* Outputs of one piece: columns are read as far as they go. */
+static long chunk_of(const Group *g, int threads) {
+    return piece(g->m1, threads, g->by_columns ? g->m1 : CHUNK);
+}
+
 /* Of one thread. */
 static long scratch(const Group *g, long tokens, int threads) {
     long lines = tokens * slices(g) * made(g) + (g->mix_first ? 0 : g->m2);
-    return longest(lines * piece(g->m1, threads), low_rank(g) ? tokens * piece(g->terms, threads) : 0);
+    return longest(lines * chunk_of(g, threads), low_rank(g) ? tokens * piece(g->terms, threads, CHUNK) : 0);
 }
 
 /* Floats that `add` needs for any group of a matrix: inputs, factors, mixed slices, products. */
@@ -128,6 +134,38 @@ static void NAME(products)(
             j += together;
         }
     }
+}
+
+/* out[j * step + i] = sum over k of z[j, k] w[k, i], w (width, m), for all i < count and j < rows: ROWS
+ * streams here too, each a part of w's rows, and what they add to is near by. */
+static void NAME(sums)(
+    const NUMBER *w, long m, long count, long width, const float *z, long pitch, long rows, float *out,
+    long step) {
+    long span = width / ROWS;
+    memset(out, 0, sizeof(float) * rows * step);
+    for (long k = 0; k < width - span * (ROWS - 1); k++)
+        for (long j = 0; j < rows; j++) {
+            const float *by = z + j * pitch;
+            float *to = out + j * step, factor[ROWS];
+            int streams = k < span ? ROWS : 1; /* at the end, the rows that the parts leave */
+            long first = k < span ? k : k + span * (ROWS - 1);
+            const NUMBER *from = w + first * m;
+            for (int i = 0; i < streams; i++) factor[i] = by[first + i * span];
+            long a = 0;
+            for (; a + LANES <= count; a += LANES) {
+                Vector sum = load_float(to + a);
+                if (streams > 1)
+                    for (int i = 0; i < ROWS; i++) {
+                        const NUMBER *row = from + i * span * m + a;
+                        sum += factor[i] * NAME(load)(row);
+                        if (j == 0) __builtin_prefetch((const char *)row + AHEAD, 0, 2);
+                    }
+                else sum += factor[0] * NAME(load)(from + a);
+                store_float(to + a, sum);
+            }
+            for (; a < count; a++)
+                for (int i = 0; i < streams; i++) to[a] += factor[i] * NAME(read)(from + i * span * m + a);
+        }
 }
 
 /* out[i * pitch + a] = sum over r, d of b[r * entries + i * n2 + d] * p[r * apart + d * step + a] for
@@ -209,7 +247,7 @@ static void NAME(add)(const Group *g, const float *x, float *y, long tokens, int
     NAME(factors)(g, factors);
     const float *z = g->mix_first && g->small ? mixed : inputs;
     const NUMBER *small = g->small, *weight = g->weight;
-    long chunk = piece(m1, threads), several = piece(terms, threads);
+    long chunk = chunk_of(g, threads), several = piece(terms, threads, CHUNK);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *mine = products;
@@ -238,7 +276,8 @@ static void NAME(add)(const Group *g, const float *x, float *y, long tokens, int
 #pragma omp for schedule(static)
         for (long start = 0; start < m1; start += chunk) {
             long count = start + chunk <= m1 ? chunk : m1 - start;
-            for (long r = 0; r < made(g); r++)
+            if (g->by_columns) NAME(sums)(weight + start, m1, count, n1, z, n1, rows, mine, chunk);
+            for (long r = 0; !g->by_columns && r < made(g); r++)
                 NAME(products)(weight + (r * m1 + start) * wide, count, wide, z, wide, rows,
                                mine + r * rows * chunk, chunk);
             for (long t = 0; t < tokens; t++) {

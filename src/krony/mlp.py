@@ -1,4 +1,4 @@
-"""A whole factored MLP at once on a CPU: its hidden axis is never written, or written once.
+"""A whole compressed MLP at once on a CPU: its hidden axis is never written, or written once.
 
 An MLP is up, activation, down, or gate, activation, times up, down. Called one after the other they
 write the hidden axis three to five times and read it as often, and for one token the calls take
@@ -8,6 +8,7 @@ what lies between the two large products is one loop of hidden.c.
 
 import contextlib
 import math
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -43,11 +44,20 @@ class FusedMLP(nn.Module):
 _CLASSES: dict[tuple[type[nn.Module], Parts], type[FusedMLP]] = {}
 
 
-def install(model: nn.Module) -> None:
-    """Give the factored MLPs of a model their faster way, by class; `restore` is the inverse."""
+def install(model: nn.Module, narrowed: Collection[str] = ()) -> None:
+    """Give the MLPs of a model their faster way, by class; `restore` is the inverse.
+
+    Args:
+        narrowed: names of layers that are not factored but only lost hidden units. An MLP without
+            any of these, and without a factored layer, stays as it is.
+    """
+    smaller = {id(model.get_submodule(name)) for name in narrowed}
     for module in list(model.modules()):
         parts = None if isinstance(module, FusedMLP) else _parts(module)
-        if parts is not None:
+        if parts is not None and any(
+            isinstance(child, KroneckerLinear) or id(child) in smaller
+            for child in module.children()
+        ):
             module.__class__ = _fused(type(module), parts)
 
 
@@ -78,7 +88,7 @@ def _kind(module: nn.Module) -> int | None:
 
 
 def _parts(module: nn.Module) -> Parts | None:
-    """The parts of a module that consists of an MLP's and nothing else, one of them factored."""
+    """The parts of a module that consists of an MLP's and nothing else."""
     linear, found = [], []
     for name, child in module.named_children():
         if isinstance(child, KroneckerLinear | Conv1D | nn.Linear):
@@ -87,8 +97,7 @@ def _parts(module: nn.Module) -> Parts | None:
             found.append((name, kind))
         elif not isinstance(child, nn.Dropout):
             return None
-    factored = any(isinstance(module.get_submodule(n), KroneckerLinear) for n in linear)
-    if len(linear) not in (2, 3) or len(found) != 1 or not factored:
+    if len(linear) not in (2, 3) or len(found) != 1:
         return None
     (activation, kind), (*ups, down) = found[0], linear
     return Parts(tuple(ups), activation, down, kind)
@@ -181,6 +190,8 @@ def _dense(weight: Tensor) -> Route:
 
 def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     """An MLP for many tokens; None for matrices of which no `Route` is known."""
+    if not any(isinstance(layer, KroneckerLinear) for layer in layers):
+        return None  # BLAS adds biases as it goes
     routes = [route for layer in layers if (route := _route(layer, x)) is not None]
     held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]
     if len(routes) < len(layers) or any(tensor.dtype != x.dtype for tensor in held):

@@ -202,7 +202,7 @@ def _within(name: str, parents: list[str]) -> bool:
 def attach(model: Any, config: KroneckerConfig) -> None:
     """Mark a model whose modules are factored, so that saving and folding know about it."""
     fuse(model)
-    mlp.install(model)
+    mlp.install(model, _unfactored(config))
     # Models made from one configuration object share it: without a copy of its own, this model
     # would make its dense siblings look factored.
     shared, own = model.config, copy.copy(model.config)
@@ -231,8 +231,11 @@ def config_of(model: nn.Module) -> KroneckerConfig | None:
 def narrowed_layers(model: nn.Module) -> list[str]:
     """Names of the layers that are dense but for the hidden units that they lost."""
     config = config_of(model)
-    plan = Plan(()) if config is None else Plan.from_dict(config.plan)
-    return [matrix.name for matrix in plan.matrices if not matrix.groups]
+    return [] if config is None else _unfactored(config)
+
+
+def _unfactored(config: KroneckerConfig) -> list[str]:
+    return [matrix.name for matrix in Plan.from_dict(config.plan).matrices if not matrix.groups]
 
 
 def quantised_of(model: nn.Module) -> Quantised | None:
