@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import krony
-from krony import activations, bench, evaluate, info
+from krony import activations, bench, evaluate, info, mlp
 from krony.checkpoints import DTYPES, write_json
 from krony.families import find_targets
 from krony.plan import Plan, matrix_plan
@@ -56,6 +56,8 @@ def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
         krony.compress(model, krony.make_plan(model, **made), init="random")
     elif name != STOCK:
         activations.fuse(model)
+        if "hidden" in (MODELS[name] or {}):  # what loading a model that a budget narrowed does
+            mlp.install(model, [t.name for t in find_targets(model, "mlp")])
     return model
 
 

@@ -120,7 +120,7 @@ def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypat
             close(found, wanted)
 
 
-@pytest.mark.parametrize(("tokens", "name"), [(1, "decode"), (60, "hidden")])
+@pytest.mark.parametrize(("tokens", "name"), [(2, "decode"), (60, "hidden")])
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize(
     "pair", ["mixed between", "mixed at both ends", "terms", "one dense", "by columns"]

@@ -75,7 +75,7 @@ class Prepared:
         self._children: list[tuple[dict[str, Any], str, Any]] = []
         self._hooks: list[Any] = []
         self._kept: list[Any] = []
-        self._usable = True
+        self._usable, self.by_columns = True, False
         self.slices = 1  # rows a token that meet a large factor, at most
         matrices = [self._matrix(layer) for layer in _layers(owner, parts)]
         self.m: int = matrices[-1].m
@@ -103,6 +103,7 @@ class Prepared:
         into = _Group()
         if isinstance(group, nn.Linear | Conv1D):
             into.by_columns = isinstance(group, Conv1D)
+            self.by_columns |= isinstance(group, Conv1D)
             sides = group.weight.shape
             (into.m1, into.n1), into.m2, into.n2 = sides[::-1] if into.by_columns else sides, 1, 1
             into.terms = into.small_outer = into.mix_first = 1
@@ -210,6 +211,8 @@ def run(owner: nn.Module, x: Tensor, parts: Parts | None = None) -> Tensor | Non
     found = _prepare(owner, parts, dtype, learns)
     if found is None or tokens * found.slices > most or (learns and x.requires_grad):
         return None
+    if found.by_columns and tokens == 1 and dtype == torch.float32:
+        return None  # what BLAS is as good at
     functions = cpu_kernels.library()
     if functions is None:
         return None
