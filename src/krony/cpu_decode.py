@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from krony import cpu_kernels
+from krony.cpu_kernels import FLAG, POINTER, SIZE
 from krony.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
 
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
@@ -20,7 +21,6 @@ from krony.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_li
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 # Of small factors, which are applied in plain loops.
 MOST_ENTRIES = 2**16
-_POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class _Group(ctypes.Structure):
     """Of decode.c."""
 
     _fields_: ClassVar = [
-        *((name, _POINTER) for name in ("small", "scalars", "weight", "order")),
-        *((name, _SIZE) for name in ("terms", "m1", "n1", "m2", "n2")),
-        *((name, _FLAG) for name in ("small_outer", "mix_first", "by_columns")),
+        *((name, POINTER) for name in ("small", "scalars", "weight", "order")),
+        *((name, SIZE) for name in ("terms", "m1", "n1", "m2", "n2")),
+        *((name, FLAG) for name in ("small_outer", "mix_first", "by_columns")),
     ]
 
 
@@ -54,9 +54,9 @@ class _Matrix(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("groups", ctypes.POINTER(_Group)),
-        ("count", _SIZE),
-        ("bias", _POINTER),
-        *((name, _SIZE) for name in ("m", "n")),
+        ("count", SIZE),
+        ("bias", POINTER),
+        *((name, SIZE) for name in ("m", "n")),
     ]
 
 
@@ -163,7 +163,7 @@ def _is_plain(layer: Any) -> bool:
         (
             group.is_plain
             if isinstance(group, KroneckerGroup)
-            else any(is_plain_linear(group, kind) for kind in (nn.Linear, Conv1D))
+            else is_plain_linear(group, (nn.Linear, Conv1D))
         )
         and all(p.is_cpu for p in group.parameters())
         for group in groups

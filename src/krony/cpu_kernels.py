@@ -28,11 +28,11 @@ SECONDS = 60  # that compiling may take
 MOST_MIXED, LEAST_SLICE = 64, 16
 # How the names of the functions end.
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-_POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+POINTER, SIZE, FLAG = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
-    "decode": [_POINTER, _SIZE, _FLAG, _POINTER, _POINTER, _POINTER, _SIZE, _FLAG],
-    "hidden": [_POINTER, _POINTER, _FLAG, _POINTER, _POINTER] + [_SIZE] * 6 + [_FLAG],
-    "gelu": [_POINTER] * 3 + [_SIZE, _FLAG],
+    "decode": [POINTER, SIZE, FLAG, POINTER, POINTER, POINTER, SIZE, FLAG],
+    "hidden": [POINTER, POINTER, FLAG, POINTER, POINTER] + [SIZE] * 6 + [FLAG],
+    "gelu": [POINTER] * 3 + [SIZE, FLAG],
 }
 # As vectors.h numbers them.
 NONE, TANH_GELU, SILU = range(3)
@@ -41,8 +41,8 @@ NONE, TANH_GELU, SILU = range(3)
 class _Written(ctypes.Structure):
     """Of hidden.c."""
 
-    _fields_: ClassVar = [(name, _POINTER) for name in ("x", "b", "bias")] + [
-        (name, _SIZE) for name in ("q", "token", "slice")
+    _fields_: ClassVar = [(name, POINTER) for name in ("x", "b", "bias")] + [
+        (name, SIZE) for name in ("q", "token", "slice")
     ]
 
 

@@ -19,9 +19,9 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks)
 
 
-def is_plain_linear(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+def is_plain_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
     """Whether a module is just a weight and a bias: not quantised, adapted or sharded."""
-    return type(module) is kind and type(module._parameters.get("weight")) is nn.Parameter
+    return type(module) in kinds and type(module._parameters.get("weight")) is nn.Parameter
 
 
 class KroneckerGroup(nn.Module):

@@ -7,7 +7,6 @@ what lies between the two large products is one loop of hidden.c.
 """
 
 import contextlib
-import math
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from krony import cpu_decode, cpu_kernels, products, tensor_rank
 from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
-from krony.layers import KroneckerLinear, is_hooked
+from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
 from krony.products import Route
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
@@ -163,10 +162,9 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
 def _route(layer: Any, x: Tensor) -> Route | None:
     """For a layer of one group of factors, or of none; None for others."""
     if not isinstance(layer, KroneckerLinear):
-        weight = layer.weight
-        if type(layer) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
+        if not is_plain_linear(layer, (nn.Linear, Conv1D)):
             return None
-        return _dense(weight.T if isinstance(layer, Conv1D) else weight)
+        return _dense(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
     group: Any = layer.groups[0]
     if len(layer.groups) > 1 or is_hooked(group) or not group.is_plain:
         return None
@@ -176,7 +174,7 @@ def _route(layer: Any, x: Tensor) -> Route | None:
     found = tensor_rank.decomposition(group, tokens, x.dtype)
     if found is not None:
         return tensor_rank.route(found, weight, (m1, n1), layout, group.mix_first)
-    if group.dense_from < math.inf and group.forms_dense(tokens):
+    if group.forms_dense(tokens):
         return _dense(group.to_dense())
     mixing = products.mixing(group.scaled_small, group.mix_first)
     inner, outer = (mixing, None) if group.mix_first else (None, mixing)

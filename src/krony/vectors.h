@@ -22,7 +22,7 @@ enum { LANES = 4, ROWS = 8 };
 #endif
 enum { SLICES = 4 };           /* mixed together */
 enum { SHARED = 1 << 15 };     /* numbers from which an element-wise loop is shared among threads */
-enum { NONE, TANH_GELU, SILU }; /* activations, by cpu_kernels.ACTIVATIONS */
+enum { NONE, TANH_GELU, SILU }; /* activations, as in cpu_kernels.py */
 
 typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef float Four __attribute__((vector_size(16)));
