@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from krony import cpu_kernels
 from krony.cpu_kernels import FLAG, POINTER, SIZE
 from krony.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
+from krony.watched import Watched
 
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
 # those of bfloat16 sooner: they have instructions of their own.
@@ -60,20 +61,15 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-class Prepared:
+class Prepared(Watched):
     """A layer or an MLP as decode.c wants it, for as long as `fits`.
-
-    Between two calls anything may have happened to the modules. All that this depends on is kept in
-    flat lists, which are checked in microseconds: a token has no more than that for a layer.
 
     Args:
         owner: the layer, or with `parts` the MLP.
     """
 
     def __init__(self, owner: nn.Module, parts: Parts | None) -> None:
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self._children: list[tuple[dict[str, Any], str, Any]] = []
-        self._hooks: list[Any] = []
+        super().__init__()
         self._kept: list[Any] = []
         self._usable, self.by_columns = True, False
         self.slices = 1  # rows a token that meet a large factor, at most
@@ -84,17 +80,19 @@ class Prepared:
         if parts is not None:
             self.down, self.activation = ctypes.byref(matrices.pop()), parts.kind
             for name in owner._modules:
-                self._child(owner, name)
+                self.child(owner, name)
         self.count = len(matrices)
         self.ups = ctypes.byref((_Matrix * self.count)(*matrices))
-        self._usable &= all(tensor.is_contiguous() for _, _, tensor, _ in self._tensors)
+        self._usable &= all(tensor.is_contiguous() for tensor in self.tensors)
+        dtypes = {tensor.dtype for tensor in self.tensors if tensor.is_floating_point()}
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else None
 
     def _matrix(self, layer: Any) -> _Matrix:
         groups: list[Any] = [layer]
         bias = None if isinstance(layer, KroneckerGroup) else self._address(layer, "bias")
         if isinstance(layer, KroneckerLinear):
-            held = self._child(layer, "groups")
-            groups = [self._child(held, name) for name in held._modules]
+            held = self.child(layer, "groups")
+            groups = [self.child(held, name) for name in held._modules]
         made = (_Group * len(groups))(*map(self._group, groups))
         self._kept.append(made)
         return _Matrix(made, len(made), bias, made[0].m1 * made[0].m2, made[0].n1 * made[0].n2)
@@ -112,7 +110,7 @@ class Prepared:
         into.terms, (into.m1, into.n1) = group.terms, group.large_shape
         into.m2, into.n2 = group.small_shape
         into.small_outer, into.mix_first = group.layout == "small-outer", group.mix_first
-        into.weight = self._address(self._child(group, "large"), "weight")
+        into.weight = self._address(self.child(group, "large"), "weight")
         into.small, into.scalars, into.order = (
             self._address(group, name) for name in ("small", "scalars", "order")
         )
@@ -122,38 +120,18 @@ class Prepared:
         return into
 
     def _address(self, module: nn.Module, name: str) -> int | None:
-        held: Any = module._buffers if name == "order" else module._parameters
-        tensor = held.get(name)
-        if tensor is None:
-            return None
-        address: int = tensor.data_ptr()
-        self._tensors.append((held, name, tensor, address))
-        return address
-
-    def _child(self, module: nn.Module, name: str) -> Any:
-        child = module._modules[name]
-        self._children.append((module._modules, name, child))
-        if child is not None:
-            self._hooks += [child._forward_hooks, child._forward_pre_hooks]
-        return child
+        tensor = self.tensor(module, name)
+        return None if tensor is None else tensor.data_ptr()
 
     def fits(self, dtype: torch.dtype, learns: bool) -> bool:
         """Whether decode.c can take it, all is where it was, in `dtype` and watched by nobody, and
         with `learns` nothing of it is to have gradients."""
-        if any(self._hooks):
-            return False
-        for children, name, child in self._children:
-            if children.get(name) is not child:
-                return False
-        for held, name, tensor, address in self._tensors:
-            if held.get(name) is not tensor or tensor.data_ptr() != address:
-                return False
-            if (tensor.dtype is not dtype and name != "order") or (learns and tensor.requires_grad):
-                return False
-        return self._usable
-
-    def __reduce__(self) -> Any:  # a copy of the module has tensors of its own
-        return type(None), ()
+        return (
+            self._usable
+            and self._dtype is dtype
+            and self.unchanged()
+            and not (learns and any(tensor.requires_grad for tensor in self.tensors))
+        )
 
 
 def _is_plain(layer: Any) -> bool:
