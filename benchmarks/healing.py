@@ -11,6 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -29,7 +30,13 @@ from krony.speed import keep_memory
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
-PLANNED = ("budget", "mix")
+# What the planner is told for each of the starts that it finds.
+PLANNED: dict[str, dict[str, Any]] = {
+    "budget": {},
+    "budget for decode": {"objective": "decode"},
+    "budget for throughput": {"objective": "throughput"},
+    "mix": {"narrow": False},
+}
 COMPARISON = "comparison"  # one plain recipe for all starts and losses
 
 
@@ -45,8 +52,9 @@ RECIPES[COMPARISON] = comparison
 class Cell:
     """One run: how the quarter-size MLPs start, and what they are trained on.
 
-    "budget" is what the planner finds; "mix" what it finds with all hidden units, low rank beside
-    balanced sums; "narrowed" fewer units and nothing factored.
+    "budget" is what the planner finds, "budget for decode" and "for throughput" with these
+    objectives; "mix" what it finds with all hidden units, low rank beside balanced sums; "narrowed"
+    fewer units and nothing factored.
     """
 
     start: str
@@ -71,6 +79,8 @@ CELLS = [
     Cell("mix", "kl", "default"),
     Cell("budget", "kl", "default"),
     Cell("budget", "kl+features", "default"),
+    Cell("budget for decode", "kl+features", "default"),
+    Cell("budget for throughput", "kl+features", "default"),
     Cell("mix", "kl+features", "default"),
     Cell("narrowed", "kl+features", "default"),
     Cell("balanced sum", "kl+features", "default"),
@@ -120,7 +130,7 @@ def started(start: str, folder: Path) -> transformers.PreTrainedModel:
                 "python-docstrings", model, tokenizer, CALIBRATION
             )
         if start in PLANNED:
-            budget = make_budget_plan(model, windows, share=0.25, narrow=start == "budget")
+            budget = make_budget_plan(model, windows, share=0.25, **PLANNED[start])
             found, moments = starts.Start(budget.plan, DATA), budget.moments
         elif start == "prune, half":
             found = starts.named(model, "prune", 0.5)
