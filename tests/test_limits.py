@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from helpers import tiny
-from krony import Factors, KronyError, make_plan, tables
+from krony import Factors, KronyError, Plan, make_plan, tables
 from krony.families import find_targets
 from krony.limits import READ, Candidate, candidate, choose, limits
+from krony.plan import matrix_plan
 
 TARGETS = find_targets(tiny("gpt2"), "mlp")
 DENSE = sum(t.shape[0] * t.shape[1] for t in TARGETS)
@@ -96,7 +97,7 @@ def test_decode_refuses_sums_whose_arithmetic_eats_what_their_bytes_save():
 
 def test_the_costs_of_a_plan_in_every_currency():
     model = tiny("gpt2")
-    plan = make_plan(model, small=(4, 4), terms=3, layers=[0])
+    plan = make_plan(model, small=(4, 4), terms=6, layers=[0])
     kept = [t for t in TARGETS if t.layer == 1]
     table = tables.costs_table(plan, kept, torch.bfloat16)
     assert "2 x sum with 4x4" in table.title
@@ -107,5 +108,16 @@ def test_the_costs_of_a_plan_in_every_currency():
     assert rows[1][0] == "bytes (bfloat16)"
     adds = plan.multiply_adds + DENSE // 2
     assert rows[2][2:] == (f"{adds:,}", tables.percent(adds / DENSE))
-    assert rows[3][2] == f"{DENSE:,} and {3 * 2 * 4096:,} a batch"
+    assert rows[3][2] == f"{DENSE:,} and {6 * 2 * 4096:,} a batch"
+    fewer = make_plan(model, small=(4, 4), terms=3, layers=[0])
+    names = list(tables.costs_table(fewer, kept, torch.bfloat16).columns[0].cells)
+    assert "the same, W formed" not in names  # which would take more
+    assert not any("kept" in name for name in names)
+    narrow = [t.narrowed(t.hidden // 4) for t in TARGETS if t.layer == 0]
+    sums = [Factors((t.shape[0] // 4, t.shape[1] // 4), (4, 4), 9) for t in narrow]
+    matrices = [matrix_plan(t, (s,)) for t, s in zip(narrow, sums, strict=True)]
+    table = tables.costs_table(Plan(tuple(matrices)), kept, torch.bfloat16)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows[2][2] == f"{sum(s.parameters for s in sums) + 2 * 1024 + DENSE // 2:,}"
+    assert rows[3][2] == f"{2 * 1024 + DENSE // 2:,}"  # multiply-adds, of W
     assert tables.structure((Factors((128, 1), (1, 32), 6),)) == "low rank"

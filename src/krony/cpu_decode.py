@@ -71,6 +71,8 @@ class Prepared(Watched):
     def __init__(self, owner: nn.Module, parts: Parts | None) -> None:
         super().__init__()
         self._kept: list[Any] = []
+        self._formed: list[tuple[KroneckerLinear, int]] = []  # and where their W is
+        self._dtypes: set[torch.dtype] = set()
         self._usable, self.by_columns = True, False
         self.slices = 1  # rows a token that meet a large factor, at most
         matrices = [self._matrix(layer) for layer in _layers(owner, parts)]
@@ -84,29 +86,30 @@ class Prepared(Watched):
         self.count = len(matrices)
         self.ups = ctypes.byref((_Matrix * self.count)(*matrices))
         self._usable &= all(tensor.is_contiguous() for tensor in self.tensors)
-        dtypes = {tensor.dtype for tensor in self.tensors if tensor.is_floating_point()}
-        self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self._dtypes |= {tensor.dtype for tensor in self.tensors if tensor.is_floating_point()}
 
     def _matrix(self, layer: Any) -> _Matrix:
         groups: list[Any] = [layer]
         bias = None if isinstance(layer, KroneckerGroup) else self._address(layer, "bias")
-        if isinstance(layer, KroneckerLinear):
-            held = self.child(layer, "groups")
-            groups = [self.child(held, name) for name in held._modules]
-        made = (_Group * len(groups))(*map(self._group, groups))
+        if isinstance(layer, KroneckerLinear) and (weight := layer.formed()) is not None:
+            self._formed.append((layer, weight.data_ptr()))
+            self._dtypes.add(weight.dtype)
+            made = (_Group * 1)(_whole(weight.data_ptr(), *weight.shape))
+        else:
+            if isinstance(layer, KroneckerLinear):
+                held = self.child(layer, "groups")
+                groups = [self.child(held, name) for name in held._modules]
+            made = (_Group * len(groups))(*map(self._group, groups))
         self._kept.append(made)
         return _Matrix(made, len(made), bias, made[0].m1 * made[0].m2, made[0].n1 * made[0].n2)
 
     def _group(self, group: Any) -> _Group:
-        into = _Group()
         if isinstance(group, nn.Linear | Conv1D):
-            into.by_columns = isinstance(group, Conv1D)
-            self.by_columns |= isinstance(group, Conv1D)
-            sides = group.weight.shape
-            (into.m1, into.n1), into.m2, into.n2 = sides[::-1] if into.by_columns else sides, 1, 1
-            into.terms = into.small_outer = into.mix_first = 1
-            into.weight = self._address(group, "weight")
-            return into
+            by_columns = isinstance(group, Conv1D)
+            self.by_columns |= by_columns
+            m, n = group.weight.shape[::-1] if by_columns else group.weight.shape
+            return _whole(self._address(group, "weight"), m, n, by_columns)
+        into = _Group()
         into.terms, (into.m1, into.n1) = group.terms, group.large_shape
         into.m2, into.n2 = group.small_shape
         into.small_outer, into.mix_first = group.layout == "small-outer", group.mix_first
@@ -128,10 +131,23 @@ class Prepared(Watched):
         with `learns` nothing of it is to have gradients."""
         return (
             self._usable
-            and self._dtype is dtype
+            and self._dtypes == {dtype}
             and self.unchanged()
+            and all(_is_at(layer.formed(), address) for layer, address in self._formed)
             and not (learns and any(tensor.requires_grad for tensor in self.tensors))
         )
+
+
+def _whole(address: int | None, m: int, n: int, by_columns: bool = False) -> _Group:
+    """A weight that is not factored, (m, n) or by columns (n, m)."""
+    into = _Group()
+    into.weight, into.m1, into.n1, into.by_columns = address, m, n, by_columns
+    into.m2 = into.n2 = into.terms = into.small_outer = into.mix_first = 1
+    return into
+
+
+def _is_at(weight: Tensor | None, address: int) -> bool:
+    return weight is not None and weight.data_ptr() == address
 
 
 def _is_plain(layer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weight is a sum of Kronecker products, never formed."""
+"""Linear layers and embeddings whose weight is a sum of Kronecker products."""
 
 import math
 from typing import Any
@@ -11,6 +11,7 @@ from krony import kron, products
 from krony.errors import KronyError
 from krony.kron import Layout, Shape
 from krony.packing import is_quantised
+from krony.watched import Formed, can_keep
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -191,11 +192,14 @@ class KroneckerLinear(nn.Module):
         in_features, out_features: n and m.
         groups: any number of `KroneckerGroup`, each of them m by n.
         bias: whether to hold a bias (m,).
+    Attributes:
+        keeps_formed: W is kept beside the factors once inference has formed it (`formed`).
     Raises:
         KronyError: no group, or a group whose shapes do not multiply to (m, n).
     """
 
     fused: Any = None  # see `KroneckerGroup`
+    keeps_formed = False
 
     def __init__(
         self,
@@ -227,14 +231,42 @@ class KroneckerLinear(nn.Module):
         """The dense W (m, n), summed in `dtype` (default: that of the factors), differentiable."""
         return _sum_to_dense(self.groups, dtype)
 
+    def formed(self) -> Tensor | None:
+        """W (m, n), kept from call to call, or None where the factors are to be used.
+
+        For inference in layers that are to keep it: a sum of many terms takes several times the
+        multiply-adds of W, for every token. It is made anew when a factor changes, and left to the
+        factors in training, under autograd, tracing or hooks.
+        """
+        if not self.keeps_formed or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        kept: Formed | None = self.__dict__.get("_formed")
+        if kept is None or not kept.unchanged():
+            self.__dict__["_formed"] = None  # what it was goes first
+            if self.training or not can_keep(self):
+                return None
+            kept = self.__dict__["_formed"] = Formed(self)
+        return kept.weight
+
+    def train(self, mode: bool = True) -> "KroneckerLinear":
+        self.__dict__.pop("_formed", None)
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.__dict__.pop("_formed", None)  # it is of the dtype and the device that were
+        return super()._apply(*arguments, **options)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is not None:
             made: Tensor | None = self.fused.run_layer(self, x)
             if made is not None:
                 return made
+        if self.keeps_formed and (weight := self.formed()) is not None:
+            y = products.project(x.reshape(-1, self.in_features), weight, self.bias)
+            return y.reshape(*x.shape[:-1], self.out_features)
         first, *others = self.groups
         # By name: torch counts FLOPs with hooks that choke on a parameter among the arguments.
-        y: Tensor = first(x, bias=self.bias)
+        y = first(x, bias=self.bias)
         for group in others:
             y = products.add(y, group(x))
         return y

@@ -160,11 +160,13 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
 
 
 def _route(layer: Any, x: Tensor) -> Route | None:
-    """For a layer of one group of factors, or of none; None for others."""
+    """For a layer of one group of factors, or with its W, or of none; None for others."""
     if not isinstance(layer, KroneckerLinear):
         if not is_plain_linear(layer, (nn.Linear, Conv1D)):
             return None
         return _dense(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
+    if (formed := layer.formed()) is not None:
+        return _dense(formed)
     group: Any = layer.groups[0]
     if len(layer.groups) > 1 or is_hooked(group) or not group.is_plain:
         return None
@@ -188,7 +190,7 @@ def _dense(weight: Tensor) -> Route:
 
 def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     """An MLP for many tokens; None for matrices of which no `Route` is known."""
-    if not any(isinstance(layer, KroneckerLinear) for layer in layers):
+    if not any(isinstance(x, KroneckerLinear) and x.formed() is None for x in layers):
         return None  # BLAS adds biases as it goes
     routes = [route for layer in layers if (route := _route(layer, x)) is not None]
     held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]

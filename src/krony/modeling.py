@@ -331,7 +331,9 @@ def build_layer(
     (m, n) = matrix.shape
     if matrix.embedding:
         return KroneckerEmbedding(m, n, groups)
-    return KroneckerLinear(n, m, groups, matrix.bias, **where)
+    layer = KroneckerLinear(n, m, groups, matrix.bias, **where)
+    layer.keeps_formed = matrix.keeps_formed
+    return layer
 
 
 @torch.no_grad()

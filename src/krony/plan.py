@@ -70,9 +70,24 @@ class MatrixPlan:
         return self.dense_parameters - self.parameters + gone
 
     @property
+    def keeps_formed(self) -> bool:
+        """Whether inference keeps W beside the factors (`KroneckerLinear.formed`): where it takes
+        fewer multiply-adds a token, and both take less memory than the dense matrix with all hidden
+        units did."""
+        if not self.groups or self.embedding:
+            return False
+        product = sum(g.multiply_adds for g in self.groups)
+        return product > self.formed and self.formed + self.parameters <= self.dense_parameters
+
+    @property
+    def in_memory(self) -> int:
+        """Parameters, and the entries of a W that inference keeps."""
+        return self.parameters + (self.formed if self.keeps_formed else 0)
+
+    @property
     def multiply_adds(self) -> int:
-        """Per token, factors kept apart."""
-        if not self.groups:
+        """Per token, factors kept apart unless W is kept."""
+        if not self.groups or self.keeps_formed:
             return self.formed_multiply_adds
         product = sum(g.multiply_adds for g in self.groups)
         if not self.embedding:
@@ -92,8 +107,8 @@ class MatrixPlan:
 
     @property
     def reads(self) -> int:
-        """Parameters that one token reads: all of them, or the rows that are looked up."""
-        if not self.groups:
+        """Numbers that one token reads: all parameters, W, or the rows that are looked up."""
+        if not self.groups or self.keeps_formed:
             return self.shape[1] if self.embedding and not self.tied else self.formed
         if self.embedding and not self.tied:
             return sum(g.terms * (g.large[1] + g.small[1]) for g in self.groups)
@@ -106,7 +121,7 @@ class MatrixPlan:
 
     @property
     def forming(self) -> int:
-        """Multiply-adds to form W, once a batch."""
+        """Multiply-adds to form W, once a batch or once for all."""
         return self.formed * sum(g.terms for g in self.groups)
 
     def check(self) -> None:

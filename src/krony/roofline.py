@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from krony import kron
-from krony.layers import KroneckerEmbedding, KroneckerGroup
+from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
+from krony.watched import can_keep
 
 # Far beyond any cache, so that the memory itself is read.
 BUFFER_BYTES = 128 * 2**20
@@ -112,7 +113,8 @@ def prefill_work(model: PreTrainedModel, tokens: int) -> Work:
 def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters that every forward reads whole, tied ones once.
 
-    An embedding is not read whole, only looked up, unless the output matrix shares it.
+    An embedding is not read whole, only looked up, unless the output matrix shares it. Of a layer
+    that keeps W, W is read, not its factors.
     """
     head = model.get_output_embeddings()
     shared = set() if head is None else {id(p) for p in head.parameters()}
@@ -123,7 +125,15 @@ def read_bytes(model: PreTrainedModel) -> int:
         for p in module.parameters()
         if id(p) not in shared
     }
-    return sum(tensor_bytes(p) for p in model.parameters() if id(p) not in looked_up)
+    factored = (module for module in model.modules() if isinstance(module, KroneckerLinear))
+    kept = [layer for layer in factored if _keeps_formed(layer)]
+    apart = looked_up | {id(p) for layer in kept for p in layer.groups.parameters()}
+    formed = sum(x.out_features * x.in_features * model.dtype.itemsize for x in kept)
+    return formed + sum(tensor_bytes(p) for p in model.parameters() if id(p) not in apart)
+
+
+def _keeps_formed(layer: KroneckerLinear) -> bool:
+    return layer.keeps_formed and can_keep(layer)
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -150,6 +160,8 @@ def matrix_multiply_adds(model: PreTrainedModel, tokens: int, predicted: int) ->
         if isinstance(module, KroneckerGroup):
             return _group_multiply_adds(module, count)
         if isinstance(module, nn.Linear):
+            return count * module.in_features * module.out_features
+        if isinstance(module, KroneckerLinear) and _keeps_formed(module):
             return count * module.in_features * module.out_features
         own = count * module.weight.numel() if isinstance(module, Conv1D) else 0
         return own + sum(walk(child, count) for child in module.children())

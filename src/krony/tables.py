@@ -104,16 +104,25 @@ def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table
     adds = sum(m.dense_multiply_adds for m in whole), sum(m.multiply_adds for m in whole)
     formed = sum(m.formed_multiply_adds for m in whole)
     reads = sum(m.dense_reads for m in whole), sum(m.reads for m in whole)
-    forming = sum(m.forming for m in whole)
+    forming = sum(m.forming for m in whole if not m.keeps_formed)
+    memory = sum(m.in_memory for m in whole)
     before, after = (r + a / READ for r, a in zip(reads, adds, strict=True))
     made = table(f"\nWhat it costs: {kinds}", "currency", "dense", "now", "share")
     made.add_row("parameters", *(f"{p:,}" for p in parameters), _share(*reversed(parameters)))
     size = dtype.itemsize
     name = f"bytes ({str(dtype).removeprefix('torch.')})"
     made.add_row(name, *(megabytes(size * p) for p in parameters), _share(*reversed(parameters)))
+    if memory != parameters[1]:
+        made.add_row(
+            "in memory, W of sums kept",
+            f"{parameters[0]:,}",
+            f"{memory:,}",
+            _share(memory, parameters[0]),
+        )
     made.add_row("multiply-adds a token", *(f"{a:,}" for a in adds), _share(*reversed(adds)))
-    once = f"{formed:,} and {forming:,} a batch"
-    made.add_row("the same, W formed", f"{adds[0]:,}", once, _share(formed, adds[0]))
+    if formed < adds[1]:
+        once = f"{formed:,} and {forming:,} a batch"
+        made.add_row("the same, W formed", f"{adds[0]:,}", once, _share(formed, adds[0]))
     made.add_row(
         "time to decode, in reads", f"{before:,.0f}", f"{after:,.0f}", _share(after, before)
     )

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 class Watched:
@@ -53,3 +55,46 @@ class Watched:
 
     def __reduce__(self) -> Any:  # a copy of the modules has tensors of its own
         return type(None), ()
+
+
+class Formed(Watched):
+    """W of a `KroneckerLinear`, until one of its factors is another or has other numbers.
+
+    Args:
+        layer: one that `can_keep` holds for.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        groups = self.child(layer, "groups")
+        for name in groups._modules:
+            group = self.child(groups, name)
+            self.tensor(self.child(group, "large"), "weight")
+            for held in ("small", "scalars", "order"):
+                self.tensor(group, held)
+        self._versions = [(tensor, tensor._version) for tensor in self.tensors]
+        dtype = self.tensors[0].dtype
+        with torch.no_grad(), torch.autocast(self.tensors[0].device.type, enabled=False):
+            exact = layer.to_dense(torch.promote_types(dtype, torch.float32))  # rounded once
+            self.weight: Tensor = exact.to(dtype).contiguous()
+
+    def unchanged(self) -> bool:
+        """Whether the factors are where they were, with the numbers that they had."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return False
+        return super().unchanged()
+
+
+def can_keep(layer: Any) -> bool:
+    """Whether what is formed of a layer's factors now will be right until one of them changes.
+
+    Not where something else than their own numbers makes the product (hooks, adapters,
+    quantisation, offloading), nor where they are not real or don't count their changes.
+    """
+    if _get_current_dispatch_mode_stack():  # tensors without numbers, or operations are counted
+        return False
+    parameters = list(layer.groups.parameters())
+    return all(group.is_plain for group in layer.groups) and not any(
+        p.is_meta or p.is_inference() for p in parameters
+    )
