@@ -1,12 +1,14 @@
 """Budgets in their currencies: what each allows, what contradicts, what the tables say."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from helpers import tiny
 from krony import Factors, KronyError, Plan, make_plan, tables
+from krony.budget import ALIGNED, LOST, SHARES, low_rank, sized
 from krony.families import find_targets
 from krony.limits import READ, Candidate, candidate, choose, limits
 from krony.plan import matrix_plan
@@ -121,3 +123,17 @@ def test_the_costs_of_a_plan_in_every_currency():
     assert rows[2][2] == f"{sum(s.parameters for s in sums) + 2 * 1024 + DENSE // 2:,}"
     assert rows[3][2] == f"{2 * 1024 + DENSE // 2:,}"  # multiply-adds, of W
     assert tables.structure((Factors((128, 1), (1, 32), 6),)) == "low rank"
+
+
+def test_ranks_are_what_processors_multiply_fast():
+    for share in SHARES:
+        for shape in ((3072, 768), (256, 1024), (64, 48)):
+            exact = sized((shape[0], 1), (1, shape[1]), float(share))
+            factors = low_rank(shape, float(share))
+            lost = exact.terms - factors.terms
+            assert 0 <= lost < max(1, exact.terms / LOST)
+            assert replace(factors, terms=exact.terms) == exact
+            if exact.terms >= LOST * max(ALIGNED):
+                assert factors.terms % max(ALIGNED) == 0
+            elif exact.terms >= LOST * 8:
+                assert factors.terms % 8 == 0

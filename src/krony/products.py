@@ -48,7 +48,10 @@ def apply(
     offset = None if bias is None else to_slices(bias, (m2, m1), layout)
     if mix_first:
         if isinstance(large, Tensor):
-            y = _mixed(x, mixing(small, mix_first), large)
+            inside = None
+            if bias is not None and m2 == 1:  # BLAS adds it as it goes
+                inside, offset = bias.to(x.dtype), None
+            y = _mixed(x, mixing(small, mix_first), large, inside)
         else:
             y = large(mix(mixing(small, mix_first), x).reshape(-1, terms * n1))
         y = y.reshape(-1, m2, m1)
@@ -142,20 +145,21 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _mixed(x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
-    """The slices x (T, q, k), mixed by (p, q), through the weight (m1, R·k): (T·p / R, m1).
+def _mixed(x: Tensor, mixing: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The slices x (T, q, k), mixed by (p, q), through the weight (m1, R·k): (T·p / R, m1), plus a
+    bias (m1,).
 
     In training, the mixed slices, as many as the inputs or more, are made again in the backward
     pass instead of being kept: a factored layer then keeps no more than a dense one does.
     """
     kept = not torch.is_grad_enabled() or torch.compiler.is_exporting()
     if kept or x.shape[-1] == 1:
-        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
+        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight, bias)
     if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
         dtype = torch.get_autocast_dtype(x.device.type)
         x, mixing, weight = x.to(dtype), mixing.to(dtype), weight.to(dtype)
     y: Tensor = _Mixed.apply(x, mixing, weight)
-    return y
+    return y if bias is None else add(y, bias)
 
 
 class _Mixed(torch.autograd.Function):
