@@ -80,6 +80,29 @@ def test_it_is_the_dense_product(large, small, terms, tokens, form, layout, dtyp
 
 
 @compiled
+@pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
+@pytest.mark.parametrize(("terms", "entries"), [(1, 2), (3, 16), (7, 70), (64, 65), (200, 768)])
+def test_small_factors_in_full(terms, entries, dtype):
+    free = torch.randn(terms, entries - terms).to(dtype)
+    kept, given = torch.randperm(entries)[:terms].sort().values, torch.arange(terms, entries)
+    is_kept = torch.zeros(entries, dtype=torch.bool)
+    is_kept[kept] = True
+    order = torch.empty(entries, dtype=torch.int32)
+    order[kept], order[~is_kept] = torch.arange(terms).int(), given.int()
+    for each in (order, torch.randperm(entries).int()):  # as it is made, and any other
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            full = cpu_kernels.fill(free, each)
+            assert torch.equal(full, kron.fill(free, each))
+            assert torch.equal(cpu_kernels.fill(torch.nn.Parameter(free), each), full)
+    with torch.enable_grad():
+        assert cpu_kernels.fill(free, order) is None
+    assert cpu_kernels.fill(free.double(), order) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu_kernels.fill(free, order) is None
+
+
+@compiled
 def test_the_number_of_threads_changes_no_bit():
     made, x = group((150, 70), (3, 2), 2), torch.randn(2, 140)
     threads, results = torch.get_num_threads(), []

@@ -33,6 +33,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "decode": [POINTER, SIZE, FLAG, POINTER, POINTER, POINTER, SIZE, FLAG],
     "hidden": [POINTER, POINTER, FLAG, POINTER, POINTER] + [SIZE] * 6 + [FLAG],
     "gelu": [POINTER] * 3 + [SIZE, FLAG],
+    "fill": [POINTER] * 3 + [SIZE, SIZE, FLAG],
 }
 # As vectors.h numbers them.
 NONE, TANH_GELU, SILU = range(3)
@@ -227,3 +228,25 @@ def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
     pointers = (x.data_ptr(), _pointer(gradient), y.data_ptr())
     functions["gelu", x.dtype](*pointers, x.numel(), threads)
     return y
+
+
+def fill(free: Tensor, order: Tensor) -> Tensor | None:
+    """`kron.fill`, or None where this is no help.
+
+    It helps on a CPU, outside of autograd, autocast and tracing: torch picks columns one by one.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not order.is_cpu:
+        return None
+    free = free.detach()  # of a parameter, its tensor
+    if not can_take(free) or not unwatched(free):
+        return None
+    if not free.is_contiguous() or not order.is_contiguous() or order.dtype != torch.int32:
+        return None
+    functions = library()
+    if functions is None:
+        return None
+    (terms, given), threads = free.shape, torch.get_num_threads()
+    full = free.new_empty((terms, given + terms))
+    pointers = (free.data_ptr(), order.data_ptr(), full.data_ptr())
+    functions["fill", free.dtype](*pointers, terms, given + terms, threads)
+    return full

@@ -1,5 +1,6 @@
 /* What is element by element in a factored MLP, for many tokens on a CPU: slices mixed by a small
- * factor, bias and activation, in one pass over memory where torch takes one for each.
+ * factor, bias and activation, in one pass over memory where torch takes one for each; and small
+ * factors in full.
  */
 #ifndef NUMBER
 #include "vectors.h"
@@ -122,6 +123,33 @@ void NAME(gelu)(const NUMBER *x, const NUMBER *gradient, NUMBER *y, long count, 
         else v = activated(v, TANH_GELU);
         NAME(give)(y + i, v, full, count - i);
     }
+}
+
+/* Small factors of the interpolative form in full: `small` and `order` are those of decode.c's Group,
+ * out (terms, entries). */
+void NAME(fill)(const NUMBER *small, const int32_t *order, NUMBER *out, long terms, long entries, int threads) {
+    long given = entries - terms, last = -1;
+    int ascending = 1; /* what is given comes in its own order, as kron.interpolate makes it */
+    for (long e = 0; e < entries; e++)
+        if (order[e] >= terms) ascending &= order[e] - terms == last + 1, last = order[e] - terms;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && terms * entries >= SHARED)
+    for (long r = 0; r < terms; r++) {
+        const NUMBER *from = small + r * given;
+        NUMBER *to = out + r * entries;
+        long e = 0;
+#ifdef __AVX512F__
+        for (long next = 0; ascending && e + LANES <= entries; e += LANES) {
+            __mmask16 here = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(order + e), _mm512_set1_epi32(terms));
+            Vector some = NAME(take)(from + next, next + LANES <= given, given - next);
+            NAME(store)(to + e, (Vector)_mm512_maskz_expand_ps(here, (__m512)some));
+            next += __builtin_popcount(here);
+        }
+#endif
+        for (; e < entries; e++)
+            NAME(write)(to + e, order[e] < terms ? 0 : NAME(read)(from + order[e] - terms));
+    }
+    for (long e = 0; e < entries; e++)
+        if (order[e] < terms) NAME(write)(out + order[e] * entries + e, 1);
 }
 
 #endif

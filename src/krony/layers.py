@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony import kron, products
+from krony import cpu_kernels, kron, products
 from krony.errors import KronyError
 from krony.kron import Layout, Shape
 from krony.packing import is_quantised
@@ -97,7 +97,9 @@ class KroneckerGroup(nn.Module):
     def scaled_small(self) -> Tensor:
         """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
         if self.order is not None:
-            return kron.fill(self.small, self.order).unflatten(1, self.small_shape)
+            full = cpu_kernels.fill(self.small, self.order)
+            full = kron.fill(self.small, self.order) if full is None else full
+            return full.unflatten(1, self.small_shape)
         if self.scalars is None:
             return self.small
         return self.small * self.scalars[:, None, None]
