@@ -13,16 +13,20 @@ from krony import (
     Factors,
     KroneckerGroup,
     KroneckerLinear,
+    KronyError,
     Plan,
-    activations,
     compress,
+    export,
+    form,
     load_model,
     mlp,
     roofline,
     save_model,
 )
 from krony.families import find_targets
+from krony.modeling import config_of
 from krony.plan import MatrixPlan, matrix_plan
+from krony.runtimes import Runner
 
 IN, OUT = 48, 36
 GROUPS = (((36, 1), (1, 48), 3), ((9, 16), (4, 3), 7))
@@ -240,9 +244,11 @@ def test_a_plan_says_which_layers_keep_it():
     assert not matrix([wide], (768, 256), (800, 256)).keeps_formed
 
 
-def test_a_narrowed_model_keeps_it_and_is_saved_without(tmp_path):
+@pytest.fixture(scope="module")
+def narrowed():
+    """A model whose MLPs lost three quarters of their units and are sums of many terms."""
+    torch.manual_seed(0)
     model = tiny("gpt2").eval()
-    activations.fuse(model)
     matrices = []
     for target in find_targets(model, "mlp"):
         fewer = target.narrowed(target.hidden // 4)
@@ -250,12 +256,19 @@ def test_a_narrowed_model_keeps_it_and_is_saved_without(tmp_path):
         matrices.append(matrix_plan(fewer, (Factors((m // 4, n // 4), (4, 4), 9),)))
     plan = Plan(tuple(matrices))
     assert all(m.keeps_formed for m in plan.matrices)
-    compress(model, plan, init="data", calibration=torch.randint(96, (8, 16)))
-    save_model(model.eval(), tmp_path / "factored")
+    compress(model, plan, init="data", calibration=torch.randint(96, (40, 64)))
+    return model.eval()
+
+
+def factored(model):
+    return [x for x in model.modules() if isinstance(x, KroneckerLinear)]
+
+
+def test_a_narrowed_model_keeps_it_and_is_saved_without(narrowed, tmp_path):
+    save_model(narrowed, tmp_path / "factored")
     loaded = load_model(tmp_path / "factored").eval()
     ids = torch.randint(96, (2, 30))
-    layers = [x for x in loaded.modules() if isinstance(x, KroneckerLinear)]
-    before = roofline.read_bytes(loaded)
+    layers, before = factored(loaded), roofline.read_bytes(loaded)
     for each in layers:
         each.keeps_formed = False
     wanted, read = loaded(ids).logits, roofline.read_bytes(loaded)
@@ -265,6 +278,7 @@ def test_a_narrowed_model_keeps_it_and_is_saved_without(tmp_path):
     factors = sum(p.numel() for x in layers for p in x.groups.parameters())
     assert before - read == 4 * (formed - factors)
     found = loaded(ids).logits
+    assert len(layers) == 4
     assert all(x.formed() is not None for x in layers)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     for one in range(30):  # token by token
@@ -273,3 +287,43 @@ def test_a_narrowed_model_keeps_it_and_is_saved_without(tmp_path):
     save_model(loaded, tmp_path / "again")
     first, second = (tmp_path / n / "model.safetensors" for n in ("factored", "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_w_in_the_place_of_the_factors(narrowed, tmp_path):
+    model = copy.deepcopy(narrowed)
+    ids = torch.randint(96, (2, 30))
+    wanted, plan = model(ids).logits, Plan.from_dict(config_of(model).plan)
+    assert form(tiny("gpt2")) == []
+    assert form(model) == [m.name for m in plan.matrices]
+    assert form(model) == []
+    assert not factored(model)
+    for name, tokens in (("many", 30), ("few", 1)):
+        found = model(ids[:, :tokens]).logits
+        torch.testing.assert_close(found, wanted[:, :tokens], rtol=1e-4, atol=1e-5, msg=name)
+    save_model(model, tmp_path / "formed")
+    loaded = load_model(tmp_path / "formed")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    dense = loaded.dequantize()
+    assert dense.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
+    torch.testing.assert_close(dense(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    # What a compiled step takes.
+    runner = Runner(copy.deepcopy(narrowed), compiled=True)
+    assert not factored(runner.model)
+    assert len(factored(Runner(copy.deepcopy(narrowed)).model)) == 4
+
+
+def test_a_graph_has_w(narrowed, monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    seen = []
+
+    def export_(step, *_, **__):
+        seen.append(step.model)
+        raise torch.onnx.errors.OnnxExporterError("enough")
+
+    monkeypatch.setattr(torch.onnx, "export", export_)
+    with pytest.raises(KronyError, match="enough"):
+        export.onnx(narrowed, tmp_path / "out")
+    (traced,) = seen
+    assert not factored(traced)
+    assert len(factored(narrowed)) == 4
+    assert traced.transformer.wte.weight is narrowed.transformer.wte.weight

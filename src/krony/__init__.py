@@ -20,7 +20,7 @@ from krony.evaluate import perplexity
 from krony.factorise import INITS, compress
 from krony.heal import HealConfig, HealRecord, heal
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.modeling import KroneckerConfig
+from krony.modeling import KroneckerConfig, form
 from krony.plan import MatrixPlan, Plan, make_plan
 from krony.quantize import quantize
 from krony.schemes import SCHEMES, Factors
@@ -47,6 +47,7 @@ __all__ = [
     "Plan",
     "calibration_windows",
     "compress",
+    "form",
     "heal",
     "load_model",
     "load_tokenizer",

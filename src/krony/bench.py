@@ -252,6 +252,7 @@ def _bench(
     first = models[MODEL]
     context = min(evaluate.context_length(model) for model in models.values())
     vocabulary = first.config.get_text_config().vocab_size
+    parameters = {role: info.parameters(model) for role, model in models.items()}
     runners = {role: Runner(models[role], compiled) for role in names}
     loads = workloads(vocabulary, context, device, seed)
     timings, machine = measure(runners, loads, reference, progress)
@@ -262,7 +263,7 @@ def _bench(
         takes[role] = {
             "source": names[role],
             "factored": config_of(model) is not None,
-            "parameters": info.parameters(model),
+            "parameters": parameters[role],
             "disk_bytes": disk_bytes(names[role]),
             "peak_bytes": peak_memory(names[role], dtype, str(device), torch.get_num_threads()),
             "compile_seconds": runners[role].compile_seconds,

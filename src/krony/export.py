@@ -1,5 +1,6 @@
 """Models for where krony is not installed: as an ONNX graph, or with the code that loads them."""
 
+import copy
 import importlib
 import inspect
 import json
@@ -20,7 +21,7 @@ from krony.checkpoints import new_directory, save_model
 from krony.errors import KronyError
 from krony.evaluate import context_length
 from krony.families import cache_name
-from krony.modeling import config_of, quantised_of
+from krony.modeling import config_of, form, quantised_of
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 # Batch and length, of which 5 are in the cache when the graph is made; and those it is checked on.
@@ -71,8 +72,9 @@ def onnx(
     """Write `model.onnx`, its weights beside it, the configuration and the tokenizer.
 
     One graph for the prompt and for what follows, with a KV cache (`_Step`), for every batch and
-    length up to the context; factors stay apart. It is run in onnxruntime on several shapes and
-    compared before anything is left at `destination`.
+    length up to the context. Factors stay apart, but for layers that keep W in inference: the graph
+    has W. It is run in onnxruntime on several shapes and compared before anything is left at
+    `destination`.
 
     Returns:
         The largest absolute difference between the logits of onnxruntime and of torch.
@@ -97,15 +99,19 @@ def onnx(
             f"the graph is written in float32, and the model is in {model.dtype}; load it in "
             "float32 (onnxruntime has tools for half precision)"
         )
+    # A model of its own, with the same parameters: what is given is not changed.
+    same = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    traced = copy.deepcopy(model, same)
+    form(traced)
     with new_directory(destination) as folder:
-        with _for_export(model), warnings.catch_warnings():
+        with _for_export(traced), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            past, free = _past(model), torch.export.Dim.DYNAMIC
+            past, free = _past(traced), torch.export.Dim.DYNAMIC
             ids, mask = _ids(model, TRACED), torch.ones(TRACED, dtype=torch.long)
             each = {0: free, 2: free}
             try:
                 program = torch.onnx.export(
-                    _Step(model).eval(),
+                    _Step(traced).eval(),
                     (ids[:, CACHED:] if past else ids, mask, past),
                     dynamo=True,
                     dynamic_shapes=(*[{0: free, 1: free}] * 2, [(each, each) for _ in past]),

@@ -26,6 +26,7 @@ from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.packing import Quantised, StoredLinear, tensors
 from krony.plan import MatrixPlan, Plan
+from krony.watched import can_keep
 
 METHOD = "kronecker"
 Factored = KroneckerLinear | KroneckerEmbedding
@@ -236,6 +237,29 @@ def narrowed_layers(model: nn.Module) -> list[str]:
 
 def _unfactored(config: KroneckerConfig) -> list[str]:
     return [matrix.name for matrix in Plan.from_dict(config.plan).matrices if not matrix.groups]
+
+
+def form(model: PreTrainedModel) -> list[str]:
+    """Put W in the place of the factors in every layer that keeps it in inference; their names.
+
+    Such a layer uses its factors under `torch.compile`, in training and in exported graphs. With W
+    instead it is as fast there, and takes the memory of W alone. The model is one like any other
+    then, without factors in these layers: saved, it is larger. On a dense model nothing is done.
+    """
+    config, names = config_of(model), []
+    if config is None:
+        return []
+    matrices = list(Plan.from_dict(config.plan).matrices)
+    for number, matrix in enumerate(matrices):
+        layer = model.get_submodule(matrix.name)
+        if isinstance(layer, KroneckerLinear) and layer.keeps_formed and can_keep(layer):
+            model.set_submodule(matrix.name, dense_layer(layer, matrix.conv1d))
+            matrices[number] = replace(matrix, groups=())
+            names.append(matrix.name)
+    if names:
+        mlp.restore(model)
+        attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance))
+    return names
 
 
 def quantised_of(model: nn.Module) -> Quantised | None:

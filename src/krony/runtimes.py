@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from krony.errors import KronyError
 from krony.families import cache_name
+from krony.modeling import form
 from krony.roofline import timed
 
 
@@ -23,7 +24,8 @@ class Runner:
     Args:
         model: in evaluation mode. Its generation settings are replaced: greedy, never stopping.
         compiled: whether a step of the bare loop runs through `torch.compile`, with CUDA graphs on
-            a GPU, over a static cache; the prefill and `generate` stay as they are.
+            a GPU, over a static cache; the prefill and `generate` stay as they are. Layers that
+            keep W get it instead of their factors (`modeling.form`).
     Attributes:
         compile_seconds: spent on first steps so far.
     """
@@ -34,6 +36,7 @@ class Runner:
         self._seen: set[tuple[int, ...]] = set()
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         if compiled:
+            form(model)
             # Not dynamic: each batch size gets its own graph, as in a server.
             self._step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
         else:
