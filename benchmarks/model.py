@@ -1,13 +1,15 @@
 """Whole GPT-2-shaped models with random weights: decode and prefill, factored against dense.
 
 All models take turns in one process (`krony.bench`); greedy decode of 128 tokens at batch 1 under
-a bare loop over the forward and under transformers' generate, and a prefill.
+a bare loop over the forward and under transformers' generate, at batch 8, and prefills.
 
-python benchmarks/model.py [--layers 12] [--prefill 1024] [--new 128] [--threads 1 2]
+python benchmarks/model.py [--layers 12] [--prefill 128 1024] [--new 128] [--threads 1 2]
                            [--dtypes float32 bfloat16]
 """
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 import transformers
 
 import krony
-from krony import activations, bench, evaluate, info, mlp
+from krony import activations, bench, evaluate, info, mlp, modeling
+from krony.budget import LOW_RANK_PARTS, low_rank, mixed
 from krony.checkpoints import DTYPES, write_json
 from krony.families import find_targets
 from krony.plan import Plan, matrix_plan
@@ -24,10 +27,18 @@ from krony.schemes import Factors
 from krony.speed import keep_memory
 from krony.tables import times
 
+MIXED = partial(mixed, part=LOW_RANK_PARTS[-1])
 # As transformers runs it, with the activation in eight operations; the others have it in one.
 STOCK = "dense, transformers' activation"
+# What `krony plan demo --budget 0.25` finds in the packaged model's four blocks, with the
+# objectives size and decode: sixteenths of the hidden units, and the share of the parameters of
+# what is left of the matrices. GPT-2's twelve blocks take them in turn.
+FOUND = {
+    "size": ((8, 0.70, low_rank), (5, 0.47, MIXED), (5, 0.57, MIXED), (8, 0.64, MIXED)),
+    "decode": ((9, 0.58, low_rank), (5, 0.48, low_rank), (5, 0.53, low_rank), (8, 0.69, low_rank)),
+}
 # The paper's models by the shape of the large factor (c_fc's; c_proj gets its transpose), and what
-# budgets make of MLPs: fewer hidden units, and low rank in what is left.
+# budgets make of MLPs: fewer hidden units, and factors in what is left.
 MODELS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     STOCK: None,
@@ -37,6 +48,8 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "92M-4, 4 of (1024, 256) x (3, 3)": {"shape": (1024, 256), "terms": 4},
     "narrowed to a quarter": {"hidden": 768},
     "narrowed to a half, low rank 256": {"hidden": 1536, "rank": 256},
+    "a quarter by a budget": {"found": "size"},
+    "a quarter by a budget for decode": {"found": "decode"},
 }
 REFERENCE = "dense"
 
@@ -48,7 +61,9 @@ def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
     hidden = made.pop("hidden", 4 * transformers.GPT2Config().n_embd)
     config = transformers.GPT2Config(n_layer=layers, n_positions=context, n_inner=hidden)
     model = transformers.GPT2LMHeadModel(config).eval()
-    if "rank" in made:
+    if "found" in made:
+        _found(model, FOUND[made["found"]])
+    elif "rank" in made:
         shapes = [(t, (t.shape[0], 1), (1, t.shape[1])) for t in find_targets(model, "mlp")]
         plan = Plan(tuple(matrix_plan(t, (Factors(*s, made["rank"]),)) for t, *s in shapes))
         krony.compress(model, plan, init="random")
@@ -61,13 +76,30 @@ def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
     return model
 
 
+def _found(model: transformers.PreTrainedModel, blocks: Sequence[Any]) -> None:
+    """Random factors in the shapes that a budget finds."""
+    matrices = []
+    for target in find_targets(model, "mlp"):
+        sixteenths, share, shapes = blocks[(target.layer or 0) % len(blocks)]
+        fewer = target.narrowed(target.hidden * sixteenths // 16)
+        factors = shapes(fewer.shape, share)
+        groups = factors if isinstance(factors, tuple) else (factors,)
+        matrices.append(matrix_plan(fewer, groups))
+    for matrix in matrices:
+        modeling.install(model, matrix, modeling.build_layer(matrix))
+    modeling.attach(model, krony.KroneckerConfig(Plan(tuple(matrices)).to_dict()))
+    model.eval()
+
+
 def workloads(arguments: argparse.Namespace, device: torch.device) -> list[bench.Workload]:
-    """Decode under both runtimes, and a prefill, of random tokens."""
+    """Decode under both runtimes, also of eight rows at once, and prefills, of random tokens."""
     generator = torch.Generator().manual_seed(arguments.seed)
-    ids = torch.randint(50_257, (1, arguments.prefill), generator=generator).to(device)
+    longest = max(arguments.prefill)
+    ids = torch.randint(50_257, (1, longest), generator=generator).to(device)
     prompt = ids[:, : bench.PROMPT]
     decodes = [bench.decode(prompt, arguments.new, r) for r in ("bare loop", "generate")]
-    return [*decodes, bench.prefill(ids)]
+    decodes += [bench.decode(prompt.repeat(bench.BATCHES[-1], 1), arguments.new, "bare loop")]
+    return [*decodes, *(bench.prefill(ids[:, :length]) for length in arguments.prefill)]
 
 
 def cell(figures: dict[str, Any]) -> str:
@@ -83,7 +115,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
@@ -94,7 +126,7 @@ def main() -> None:
     keep_memory()  # as krony bench does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = dict.fromkeys([REFERENCE, *arguments.models])
-    context = max(arguments.prefill, bench.PROMPT + arguments.new)
+    context = max(*arguments.prefill, bench.PROMPT + arguments.new)
     models = {name: build(name, arguments.layers, context).to(device) for name in names}
     loads = workloads(arguments, device)
     settings = {k: v for k, v in vars(arguments).items() if k != "out"} | {"device": str(device)}
