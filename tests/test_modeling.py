@@ -15,6 +15,7 @@ from helpers import FAMILIES, logits, refused_without_krony, tiny
 from krony import (
     INITS,
     Factors,
+    KroneckerGroup,
     KroneckerLinear,
     KronyError,
     MatrixPlan,
@@ -147,6 +148,18 @@ def test_compiles_whole(tmp_path):
     model = factored("llama")
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_loading_forms_no_matrix(tmp_path, monkeypatch):
+    """transformers initialises what is not in the file, and looks at GPT-2's weights for that."""
+    save_model(factored(), tmp_path / "out")
+
+    def fail(*_):
+        raise AssertionError("formed")
+
+    monkeypatch.setattr(KroneckerLinear, "to_dense", fail)
+    monkeypatch.setattr(KroneckerGroup, "to_dense", fail)
+    load_model(tmp_path / "out")
 
 
 def test_dequantize_dtype_and_plain_save(tmp_path):

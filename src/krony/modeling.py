@@ -81,6 +81,9 @@ class KroneckerQuantizer(HfQuantizer):
         for matrix in plan.matrices:
             weight = model.get_parameter(f"{matrix.name}.weight")
             install(model, matrix, build_layer(matrix, weight.device, weight.dtype))
+            parent: Any = model.get_submodule(matrix.name.rpartition(".")[0])
+            if not (parent._parameters or parent._buffers):  # GPT-2's would fill W with noise
+                parent._is_hf_initialized = True
         if (quantised := self._quantised()) is not None:
             packed = tuple(replace(m, name=_found(model, m.name)) for m in quantised.matrices)
             self.quantization_config.quantised = replace(quantised, matrices=packed).to_dict()
@@ -242,13 +245,12 @@ def _unfactored(config: KroneckerConfig) -> list[str]:
 def form(model: PreTrainedModel) -> list[str]:
     """Put W in the place of the factors in every layer that keeps it in inference; their names.
 
-    Such a layer uses its factors under `torch.compile`, in training and in exported graphs. With W
-    instead it is as fast there, and takes the memory of W alone. The model is one like any other
-    then, without factors in these layers: saved, it is larger. On a dense model nothing is done.
+    Such a layer uses its factors under `torch.compile` and in training. With W instead it is as
+    fast there as elsewhere, and takes the memory of W alone; saved, it is larger.
     """
-    config, names = config_of(model), []
-    if config is None:
+    if (config := config_of(model)) is None:
         return []
+    names = []
     matrices = list(Plan.from_dict(config.plan).matrices)
     for number, matrix in enumerate(matrices):
         layer = model.get_submodule(matrix.name)
