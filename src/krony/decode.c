@@ -72,11 +72,14 @@ static long needed(const Matrix *matrix, long tokens, int threads) {
 }
 
 #define NUMBER float
+#define PRECISE 1
 #define NAME(of) of##_float
 #include "decode.c"
 #undef NUMBER
+#undef PRECISE
 #undef NAME
 #define NUMBER uint16_t
+#define PRECISE 0
 #define NAME(of) of##_bfloat16
 #include "decode.c"
 
@@ -333,7 +336,7 @@ int NAME(decode)(const Matrix *ups, long count, int activation, const Matrix *do
                 float v[2][LANES] = {{0}};
                 long here = wide - a < LANES ? wide - a : LANES;
                 memcpy(v[0], hidden + t * ups->m + a, here * sizeof(float));
-                Vector of = activated(load_float(v[0]), activation);
+                Vector of = activated(load_float(v[0]), activation, PRECISE);
                 if (beside) {
                     memcpy(v[1], beside + t * pitch + a, here * sizeof(float));
                     of *= load_float(v[1]);

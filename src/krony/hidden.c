@@ -17,11 +17,14 @@ typedef struct {
 } Written;
 
 #define NUMBER float
+#define PRECISE 1
 #define NAME(of) of##_float
 #include "hidden.c"
 #undef NUMBER
+#undef PRECISE
 #undef NAME
 #define NUMBER uint16_t
+#define PRECISE 0
 #define NAME(of) of##_bfloat16
 #include "hidden.c"
 
@@ -76,7 +79,7 @@ static inline __attribute__((always_inline)) void NAME(stretch)(
     long k, long slices, long p, long y_slice, int full) {
     Vector h[MOST_SLICES], beside[MOST_SLICES];
     NAME(blends)(gate, t, a, k, slices, h, full);
-    for (long i = 0; i < slices; i++) h[i] = activated(h[i], activation);
+    for (long i = 0; i < slices; i++) h[i] = activated(h[i], activation, PRECISE);
     if (other) {
         NAME(blends)(other, t, a, k, slices, beside, full);
         for (long i = 0; i < slices; i++) h[i] *= beside[i];
@@ -120,7 +123,7 @@ void NAME(gelu)(const NUMBER *x, const NUMBER *gradient, NUMBER *y, long count, 
         int full = i + LANES <= count;
         Vector v = NAME(take)(x + i, full, count - i);
         if (gradient) v = NAME(take)(gradient + i, full, count - i) * gelu_slope(v);
-        else v = activated(v, TANH_GELU);
+        else v = activated(v, TANH_GELU, 1);
         NAME(give)(y + i, v, full, count - i);
     }
 }

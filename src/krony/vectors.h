@@ -2,8 +2,9 @@
  *
  * Plain C without headers of torch: cpu_kernels.py compiles decode.c and hidden.c with the system's
  * compiler in about a second, once, for this very processor, and calls them through ctypes. Each of
- * the two includes itself twice: NUMBER is the type that tensors are stored in, and NAME(f) the name
- * of a function for it. Everything is summed in float32.
+ * the two includes itself twice: NUMBER is the type that tensors are stored in, NAME(f) the name of a
+ * function for it, and PRECISE whether an activation inside of an MLP needs the last digits of float32.
+ * Everything is summed in float32.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -56,27 +57,30 @@ static inline Vector within(Vector v, float most) {
 #endif
 }
 
-/* 2 to the power of v, held within +-126, right to the last digits. */
-static inline Vector power_of_two(Vector v) {
+/* 2 to the power of v, held within +-126: right to the last digits, or where not `precise`, a constant
+ * where this is called, to 13 of them; bfloat16 keeps 8. */
+static inline __attribute__((always_inline)) Vector power_of_two(Vector v, int precise) {
     v = within(v, 126.0f);
     /* Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits. */
     Vector shifted = v + 12582912.0f, r = v - (shifted - 12582912.0f);
-    /* The polynomial with the least relative error, 2e-9. */
+    Vector scale = (Vector)(((Words)shifted << 23) + 0x3f800000u);
+    /* The polynomials with the least relative error, 7e-5 and 2e-9. */
+    if (!precise) return (((r * 0.0551716711f + 0.242611133f) * r + 0.693260990f) * r + 0.999928074f) * scale;
     Vector sum = r * 0.000153533101f + 0.0013398939f;
     sum = sum * r + 0.00961843798f;
     sum = sum * r + 0.0555033232f;
     sum = sum * r + 0.240226479f;
     sum = sum * r + 0.693147203f;
     sum = sum * r + 1.0f;
-    return sum * (Vector)(((Words)shifted << 23) + 0x3f800000u);
+    return sum * scale;
 }
 
 /* 1 / v for v from 1 to 1e38. A division occupies its unit for 16 cycles; a step of Newton's makes 27
  * digits of an estimate of 14. */
-static inline Vector inverse(Vector v) {
+static inline __attribute__((always_inline)) Vector inverse(Vector v, int precise) {
 #ifdef __AVX512F__
     Vector guess = (Vector)_mm512_rcp14_ps((__m512)v);
-    return guess + guess * (1.0f - v * guess);
+    return precise ? guess + guess * (1.0f - v * guess) : guess;
 #else
     return 1.0f / v;
 #endif
@@ -84,19 +88,19 @@ static inline Vector inverse(Vector v) {
 
 /* x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), and x / (1 + exp(-x)): x s with the
  * logistic function s of 2 u, or of x. This is 1 / s, and the numbers are divided by log 2. */
-static inline __attribute__((always_inline)) Vector divisor(Vector v, int activation) {
+static inline __attribute__((always_inline)) Vector divisor(Vector v, int activation, int precise) {
     Vector power = activation == SILU ? v * -1.44269504f : v * (-2.30220819f - 0.102943240f * v * v);
-    return 1.0f + power_of_two(power);
+    return 1.0f + power_of_two(power, precise);
 }
 
-static inline __attribute__((always_inline)) Vector activated(Vector v, int activation) {
-    return activation == NONE ? v : v * inverse(divisor(v, activation));
+static inline __attribute__((always_inline)) Vector activated(Vector v, int activation, int precise) {
+    return activation == NONE ? v : v * inverse(divisor(v, activation, precise), precise);
 }
 
 /* The derivative for TANH_GELU: s + v s (1 - s) 2 u' */
 static inline Vector gelu_slope(Vector v) {
     v = within(v, 32.0f); /* 0 or 1 beyond, and squares of v may be infinite */
-    Vector s = inverse(divisor(v, TANH_GELU));
+    Vector s = inverse(divisor(v, TANH_GELU, 1), 1);
     return s + v * s * (1.0f - s) * (1.59576912f + 0.214064449f * v * v);
 }
 
