@@ -20,11 +20,13 @@ from krony import (
     form,
     load_model,
     mlp,
+    quantize,
     roofline,
     save_model,
 )
 from krony.families import find_targets
 from krony.modeling import config_of
+from krony.packing import FORMS
 from krony.plan import MatrixPlan, matrix_plan
 from krony.runtimes import Runner
 
@@ -264,6 +266,10 @@ def factored(model):
     return [x for x in model.modules() if isinstance(x, KroneckerLinear)]
 
 
+def narrowed_names(model):
+    return [m.name for m in Plan.from_dict(config_of(model).plan).matrices]
+
+
 def test_a_narrowed_model_keeps_it_and_is_saved_without(narrowed, tmp_path):
     save_model(narrowed, tmp_path / "factored")
     loaded = load_model(tmp_path / "factored").eval()
@@ -292,9 +298,9 @@ def test_a_narrowed_model_keeps_it_and_is_saved_without(narrowed, tmp_path):
 def test_w_in_the_place_of_the_factors(narrowed, tmp_path):
     model = copy.deepcopy(narrowed)
     ids = torch.randint(96, (2, 30))
-    wanted, plan = model(ids).logits, Plan.from_dict(config_of(model).plan)
+    wanted, names = model(ids).logits, narrowed_names(model)
     assert form(tiny("gpt2")) == []
-    assert form(model) == [m.name for m in plan.matrices]
+    assert form(model) == names
     assert form(model) == []
     assert not factored(model)
     for name, tokens in (("many", 30), ("few", 1)):
@@ -310,6 +316,41 @@ def test_w_in_the_place_of_the_factors(narrowed, tmp_path):
     runner = Runner(copy.deepcopy(narrowed), compiled=True)
     assert not factored(runner.model)
     assert len(factored(Runner(copy.deepcopy(narrowed)).model)) == 4
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_w_of_quantised_factors(narrowed, to, tmp_path):
+    pytest.importorskip("torchao")
+    model = quantize(copy.deepcopy(narrowed), to).eval()
+    save_model(model, tmp_path / to)
+    model = load_model(tmp_path / to).eval()
+    ids, layers = torch.randint(96, (2, 30)), factored(model)
+    for each in layers:
+        each.keeps_formed = False
+    wanted = model(ids).logits
+    for each in layers:
+        each.keeps_formed = True
+    # Inputs that are quantised too are no matter of W.
+    kept = to != "int8-dynamic"
+    for name, tokens in (("many", 30), ("few", 1)):
+        found = model(ids[:, :tokens]).logits
+        torch.testing.assert_close(found, wanted[:, :tokens], rtol=1e-4, atol=1e-5, msg=name)
+    assert [each.formed() is not None for each in layers] == [kept] * 4
+    before = layers[0].formed()
+    layers[0].groups[0].small.mul_(2)
+    assert not kept or not torch.equal(layers[0].formed(), before)
+    mixed = copy.deepcopy(model)
+    for each in factored(mixed)[1:]:
+        each.keeps_formed = False
+    for changed, count in ((model, 4), (mixed, 1)):
+        assert form(changed) == (narrowed_names(narrowed)[:count] if kept else [])
+        save_model(changed, tmp_path / f"formed-{count}")
+        again = load_model(tmp_path / f"formed-{count}").eval()
+        for each in factored(again):
+            each.keeps_formed = False
+        for each in factored(changed):
+            each.keeps_formed = False
+        assert torch.equal(again(ids).logits, changed(ids).logits)
 
 
 def test_a_graph_has_w(narrowed, monkeypatch, tmp_path):

@@ -151,7 +151,10 @@ def _is_at(weight: Tensor | None, address: int) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded."""
+    """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded; or with
+    its W."""
+    if isinstance(layer, KroneckerLinear) and (weight := layer.formed()) is not None:
+        return weight.is_cpu
     groups: Any = layer.groups if isinstance(layer, KroneckerLinear) else [layer]
     return all(
         (

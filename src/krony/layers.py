@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from krony import cpu_kernels, kron, products
 from krony.errors import KronyError
 from krony.kron import Layout, Shape
-from krony.packing import is_quantised
+from krony.packing import is_quantised, is_weight_only
 from krony.watched import Formed, can_keep
 
 
@@ -141,6 +141,12 @@ class KroneckerGroup(nn.Module):
         """Whether `large` is just its weight: not quantised, adapted, sharded or offloaded."""
         large = self.large
         return is_plain_linear(large) and not is_hooked(large)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether `large` is just a quantised weight, of which the numbers can be taken."""
+        large: Any = self.large
+        return type(large) is nn.Linear and is_weight_only(large.weight) and not is_hooked(large)
 
     def forms_dense(self, tokens: int) -> bool:
         """Whether W is formed for a batch of so many tokens (`kron.dense_from`).

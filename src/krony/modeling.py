@@ -259,8 +259,11 @@ def form(model: PreTrainedModel) -> list[str]:
             matrices[number] = replace(matrix, groups=())
             names.append(matrix.name)
     if names:
+        quantised = quantised_of(model)
+        rest = [m for m in quantised.matrices if not _within(m.name, names)] if quantised else []
+        packed = replace(quantised, matrices=tuple(rest)).to_dict() if quantised and rest else None
         mlp.restore(model)
-        attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance))
+        attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance, packed))
     return names
 
 

@@ -94,6 +94,12 @@ def is_quantised(weight: Tensor) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
+def is_weight_only(weight: Tensor) -> bool:
+    """Whether one of torchao's tensors stands for its numbers, and inputs are left as they are."""
+    attributes = ("act_quant_kwargs", "activation_quantization")
+    return is_quantised(weight) and all(getattr(weight, a, None) is None for a in attributes)
+
+
 def torchao() -> Any:
     """torchao.quantization. Raises `KronyError` where it is not installed, or too old."""
     try:

@@ -89,12 +89,11 @@ class Formed(Watched):
 def can_keep(layer: Any) -> bool:
     """Whether what is formed of a layer's factors now will be right until one of them changes.
 
-    Not where something else than their own numbers makes the product (hooks, adapters,
-    quantisation, offloading), nor where they are not real or don't count their changes.
+    Not where something else than their own numbers makes the product (hooks, adapters, quantised
+    inputs, offloading), nor where they are not real or don't count their changes.
     """
     if _get_current_dispatch_mode_stack():  # tensors without numbers, or operations are counted
         return False
-    parameters = list(layer.groups.parameters())
-    return all(group.is_plain for group in layer.groups) and not any(
-        p.is_meta or p.is_inference() for p in parameters
+    return all(group.is_plain or group.is_weight_only for group in layer.groups) and not any(
+        p.is_meta or p.is_inference() for p in layer.groups.parameters()
     )
