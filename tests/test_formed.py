@@ -3,6 +3,7 @@
 import copy
 import io
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -316,6 +317,23 @@ def test_w_in_the_place_of_the_factors(narrowed, tmp_path):
     runner = Runner(copy.deepcopy(narrowed), compiled=True)
     assert not factored(runner.model)
     assert len(factored(Runner(copy.deepcopy(narrowed)).model)) == 4
+
+
+def test_a_model_on_several_devices_is_as_fast(narrowed):
+    """accelerate's hooks, of which those that only move inputs are no reason to call every part."""
+    model, ids = copy.deepcopy(narrowed), torch.randint(96, (2, 30))
+    wanted = model(ids).logits
+    places = dict.fromkeys((name for name, _ in model.transformer.named_children()), "cpu")
+    places = {f"transformer.{name}": where for name, where in places.items()} | {"lm_head": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    layers = factored(model)
+    assert all(hasattr(x.groups[0].large, "_hf_hook") for x in layers)
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert all(x.formed() is not None for x in layers)
+    offloaded = copy.deepcopy(narrowed)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(offloaded(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert not any(x.formed() is not None for x in factored(offloaded))
 
 
 @pytest.mark.parametrize("to", FORMS)

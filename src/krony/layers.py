@@ -15,9 +15,15 @@ from krony.watched import Formed, can_keep
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something is to happen when this module is called, before or after its forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__
-    return bool(hooks)
+    """Whether something is to happen when this module is called, before or after its forward.
+
+    That inputs are moved to where it is, as accelerate does in a model on several devices, is
+    nothing: the parts of a layer are in one place.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    hook: Any = module.__dict__.get("_hf_hook")
+    return hook is not None and (type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload))
 
 
 def is_plain_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
@@ -140,7 +146,9 @@ class KroneckerGroup(nn.Module):
     def is_plain(self) -> bool:
         """Whether `large` is just its weight: not quantised, adapted, sharded or offloaded."""
         large = self.large
-        return is_plain_linear(large) and not is_hooked(large)
+        if not is_plain_linear(large) or is_hooked(large):
+            return False
+        return large.weight.device == self.small.device
 
     @property
     def is_weight_only(self) -> bool:

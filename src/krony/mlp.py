@@ -194,7 +194,7 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
         return None  # BLAS adds biases as it goes
     routes = [route for layer in layers if (route := _route(layer, x)) is not None]
     held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]
-    if len(routes) < len(layers) or any(tensor.dtype != x.dtype for tensor in held):
+    if len(routes) < len(layers) or not all(h.dtype == x.dtype and h.is_cpu for h in held):
         return None
     (*written, read), (*ups, down) = routes, layers
     (m2, m1, *_), layout = written[0].shape, written[0].layout
