@@ -187,6 +187,9 @@ def test_copies_have_their_own():
     twin.groups[0].small.mul_(2)
     check(twin)
     check(made)
+    replica = made._replicate_for_data_parallel()  # on another device, in the end
+    assert replica.formed() is None
+    check(made)
     assert list(made.state_dict()) == list(layer().state_dict())
     stream = io.BytesIO()
     torch.save(made, stream)

@@ -257,7 +257,7 @@ class KroneckerLinear(nn.Module):
         if not self.keeps_formed or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         kept: Formed | None = self.__dict__.get("_formed")
-        if kept is None or not kept.unchanged():
+        if kept is None or not kept.is_of(self) or not kept.unchanged():
             self.__dict__["_formed"] = None  # what it was goes first
             if self.training or not can_keep(self):
                 return None

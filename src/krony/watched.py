@@ -66,6 +66,7 @@ class Formed(Watched):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
+        self._owner = layer._modules
         groups = self.child(layer, "groups")
         for name in groups._modules:
             group = self.child(groups, name)
@@ -77,6 +78,10 @@ class Formed(Watched):
         with torch.no_grad(), torch.autocast(self.tensors[0].device.type, enabled=False):
             exact = layer.to_dense(torch.promote_types(dtype, torch.float32))  # rounded once
             self.weight: Tensor = exact.to(dtype).contiguous()
+
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether it is of that layer: a replica on another device starts with its attributes."""
+        return self._owner is layer._modules
 
     def unchanged(self) -> bool:
         """Whether the factors are where they were, with the numbers that they had."""
