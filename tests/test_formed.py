@@ -179,6 +179,16 @@ def test_what_has_no_numbers_keeps_none():
         assert made.formed() is None
 
 
+def replicated(module):
+    """As `nn.DataParallel` does it for another device."""
+    twin = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        twin._modules[name] = child and replicated(child)
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else parameter.clone())
+    return twin
+
+
 def test_copies_have_their_own():
     made = layer()
     check(made)
@@ -187,8 +197,10 @@ def test_copies_have_their_own():
     twin.groups[0].small.mul_(2)
     check(twin)
     check(made)
-    replica = made._replicate_for_data_parallel()  # on another device, in the end
+    replica = replicated(made)
     assert replica.formed() is None
+    x = torch.randn(20, IN)
+    torch.testing.assert_close(replica(x), made(x))
     check(made)
     assert list(made.state_dict()) == list(layer().state_dict())
     stream = io.BytesIO()
