@@ -75,7 +75,7 @@ class KroneckerQuantizer(HfQuantizer):
         # The plan may have been made on the model with its head, and loads into one without, or
         # the other way round; from here on it speaks of this model.
         plan = Plan.from_dict(self.quantization_config.plan)
-        names = [_found(model, m.name) for m in plan.matrices]
+        names = _found(model, [m.name for m in plan.matrices])
         plan = Plan(tuple(replace(m, name=n) for m, n in zip(plan.matrices, names, strict=True)))
         self.quantization_config.plan = plan.to_dict()
         for matrix in plan.matrices:
@@ -85,7 +85,9 @@ class KroneckerQuantizer(HfQuantizer):
             if not (parent._parameters or parent._buffers):  # GPT-2's would fill W with noise
                 parent._is_hf_initialized = True
         if (quantised := self._quantised()) is not None:
-            packed = tuple(replace(m, name=_found(model, m.name)) for m in quantised.matrices)
+            names = _found(model, [m.name for m in quantised.matrices])
+            pairs = zip(quantised.matrices, names, strict=True)
+            packed = tuple(replace(m, name=n) for m, n in pairs)
             self.quantization_config.quantised = replace(quantised, matrices=packed).to_dict()
             for entry in packed:
                 weight = model.get_parameter(f"{entry.name}.weight")
@@ -185,17 +187,18 @@ if getattr(AUTO_QUANTIZER_MAPPING.get(METHOD), "__module__", None) != "krony.mod
     AUTO_QUANTIZER_MAPPING[METHOD] = KroneckerQuantizer
 
 
-def _found(model: PreTrainedModel, name: str) -> str:
-    """The name with the base model's prefix added or taken away, as `model` needs."""
-    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
-    found = next(
-        (n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None
-    )
-    if found is None:
-        raise KronyError(
-            f"the checkpoint has a factored {name}, which {type(model).__name__} does not have; "
-            "load it with the class that it was saved from"
-        )
+def _found(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The names with the base model's prefix added or taken away, as `model` needs."""
+    modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix + "."
+    found = []
+    for name in names:
+        ways = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
+        if not ways:
+            raise KronyError(
+                f"the checkpoint has a factored {name}, which {type(model).__name__} does not "
+                "have; load it with the class that it was saved from"
+            )
+        found.append(ways[0])
     return found
 
 
