@@ -18,6 +18,7 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # again: a test may leave more
 
 
 @pytest.fixture

@@ -89,12 +89,16 @@ def test_small_factors_in_full(terms, entries, dtype):
     is_kept[kept] = True
     order = torch.empty(entries, dtype=torch.int32)
     order[kept], order[~is_kept] = torch.arange(terms).int(), given.int()
-    for each in (order, torch.randperm(entries).int()):  # as it is made, and any other
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            full = cpu_kernels.fill(free, each)
-            assert torch.equal(full, kron.fill(free, each))
-            assert torch.equal(cpu_kernels.fill(torch.nn.Parameter(free), each), full)
+    before = torch.get_num_threads()
+    try:
+        for each in (order, torch.randperm(entries).int()):  # as it is made, and any other
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                full = cpu_kernels.fill(free, each)
+                assert torch.equal(full, kron.fill(free, each))
+                assert torch.equal(cpu_kernels.fill(torch.nn.Parameter(free), each), full)
+    finally:
+        torch.set_num_threads(before)
     with torch.enable_grad():
         assert cpu_kernels.fill(free, order) is None
     assert cpu_kernels.fill(free.double(), order) is None
