@@ -136,6 +136,9 @@ def test_where_the_factors_are_used():
     made.train()
     check(made, kept=False)
     made.eval()
+    check(made)
+    before = made.formed()
+    assert made.eval().formed() is before
     for module in (made.groups[0], made.groups[1].large):
         seen = []
         handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))

@@ -1,6 +1,5 @@
 """Models for where krony is not installed: as an ONNX graph, or with the code that loads them."""
 
-import copy
 import importlib
 import inspect
 import json
@@ -21,7 +20,7 @@ from krony.checkpoints import new_directory, save_model
 from krony.errors import KronyError
 from krony.evaluate import context_length
 from krony.families import cache_name
-from krony.modeling import config_of, form, quantised_of
+from krony.modeling import config_of, form, quantised_of, sharing
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 # Batch and length, of which 5 are in the cache when the graph is made; and those it is checked on.
@@ -99,9 +98,7 @@ def onnx(
             f"the graph is written in float32, and the model is in {model.dtype}; load it in "
             "float32 (onnxruntime has tools for half precision)"
         )
-    # A model of its own, with the same parameters: what is given is not changed.
-    same = {id(p): p for p in (*model.parameters(), *model.buffers())}
-    traced = copy.deepcopy(model, same)
+    traced = sharing(model)  # what is given is not changed
     form(traced)
     with new_directory(destination) as folder:
         with _for_export(traced), warnings.catch_warnings():

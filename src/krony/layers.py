@@ -254,18 +254,21 @@ class KroneckerLinear(nn.Module):
         multiply-adds of W, for every token. It is made anew when a factor changes, and left to the
         factors in training, under autograd, tracing or hooks.
         """
-        if not self.keeps_formed or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.keeps_formed or self.training:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         kept: Formed | None = self.__dict__.get("_formed")
         if kept is None or not kept.is_of(self) or not kept.unchanged():
             self.__dict__["_formed"] = None  # what it was goes first
-            if self.training or not can_keep(self):
+            if not can_keep(self):
                 return None
             kept = self.__dict__["_formed"] = Formed(self)
         return kept.weight
 
     def train(self, mode: bool = True) -> "KroneckerLinear":
-        self.__dict__.pop("_formed", None)
+        if mode:  # no memory for what is not used; .eval() again is no reason to form it again
+            self.__dict__.pop("_formed", None)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
@@ -277,7 +280,7 @@ class KroneckerLinear(nn.Module):
             made: Tensor | None = self.fused.run_layer(self, x)
             if made is not None:
                 return made
-        if self.keeps_formed and (weight := self.formed()) is not None:
+        if (weight := self.formed()) is not None:
             y = products.project(x.reshape(-1, self.in_features), weight, self.bias)
             return y.reshape(*x.shape[:-1], self.out_features)
         first, *others = self.groups

@@ -245,6 +245,12 @@ def _unfactored(config: KroneckerConfig) -> list[str]:
     return [matrix.name for matrix in Plan.from_dict(config.plan).matrices if not matrix.groups]
 
 
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own, whose modules can be replaced, with the same parameters and buffers."""
+    same = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, same)
+
+
 def form(model: PreTrainedModel) -> list[str]:
     """Put W in the place of the factors in every layer that keeps it in inference; their names.
 
@@ -257,7 +263,7 @@ def form(model: PreTrainedModel) -> list[str]:
     matrices = list(Plan.from_dict(config.plan).matrices)
     for number, matrix in enumerate(matrices):
         layer = model.get_submodule(matrix.name)
-        if isinstance(layer, KroneckerLinear) and layer.keeps_formed and can_keep(layer):
+        if isinstance(layer, KroneckerLinear) and can_keep(layer):
             model.set_submodule(matrix.name, dense_layer(layer, matrix.conv1d))
             matrices[number] = replace(matrix, groups=())
             names.append(matrix.name)

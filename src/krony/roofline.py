@@ -126,14 +126,10 @@ def read_bytes(model: PreTrainedModel) -> int:
         if id(p) not in shared
     }
     factored = (module for module in model.modules() if isinstance(module, KroneckerLinear))
-    kept = [layer for layer in factored if _keeps_formed(layer)]
+    kept = [layer for layer in factored if can_keep(layer)]
     apart = looked_up | {id(p) for layer in kept for p in layer.groups.parameters()}
     formed = sum(x.out_features * x.in_features * model.dtype.itemsize for x in kept)
     return formed + sum(tensor_bytes(p) for p in model.parameters() if id(p) not in apart)
-
-
-def _keeps_formed(layer: KroneckerLinear) -> bool:
-    return layer.keeps_formed and can_keep(layer)
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -161,7 +157,7 @@ def matrix_multiply_adds(model: PreTrainedModel, tokens: int, predicted: int) ->
             return _group_multiply_adds(module, count)
         if isinstance(module, nn.Linear):
             return count * module.in_features * module.out_features
-        if isinstance(module, KroneckerLinear) and _keeps_formed(module):
+        if isinstance(module, KroneckerLinear) and can_keep(module):
             return count * module.in_features * module.out_features
         own = count * module.weight.numel() if isinstance(module, Conv1D) else 0
         return own + sum(walk(child, count) for child in module.children())

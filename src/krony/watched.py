@@ -75,7 +75,7 @@ class Formed(Watched):
                 self.tensor(group, held)
         self._versions = [(tensor, tensor._version) for tensor in self.tensors]
         dtype = self.tensors[0].dtype
-        with torch.no_grad(), torch.autocast(self.tensors[0].device.type, enabled=False):
+        with torch.autocast(self.tensors[0].device.type, enabled=False):
             exact = layer.to_dense(torch.promote_types(dtype, torch.float32))  # rounded once
             self.weight: Tensor = exact.to(dtype).contiguous()
 
@@ -92,11 +92,14 @@ class Formed(Watched):
 
 
 def can_keep(layer: Any) -> bool:
-    """Whether what is formed of a layer's factors now will be right until one of them changes.
+    """Whether a layer is to keep W, and what is formed of its factors now will be right until one
+    of them changes.
 
     Not where something else than their own numbers makes the product (hooks, adapters, quantised
     inputs, offloading), nor where they are not real or don't count their changes.
     """
+    if not layer.keeps_formed:
+        return False
     if _get_current_dispatch_mode_stack():  # tensors without numbers, or operations are counted
         return False
     return all(group.is_plain or group.is_weight_only for group in layer.groups) and not any(

@@ -7,7 +7,6 @@ moment of the units, taking out unit j and letting the others make up for it as 
 costs ½ w_jᵀ G w_j / P_jj nats a token, w_j its column. What stays is solved for in closed form.
 """
 
-import copy
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from krony.calibrate import Inputs, Moments
 from krony.errors import KronyError
 from krony.families import MLP, PROBE, dense_weight
 from krony.fit import Metric
-from krony.modeling import Plain, plain_layer
+from krony.modeling import Plain, plain_layer, sharing
 from krony.plan import MatrixPlan, Plan
 
 STEP = 64  # one in so many of the units goes before P is brought up to date everywhere
@@ -149,9 +148,7 @@ def narrowed(
     found = Narrowed(model, dict(moments), {})
     if not any(matrix.narrowed for matrix in plan.matrices):
         return found
-    # A model of its own, but with the same parameters where none are taken out.
-    same = {id(p): p for p in (*model.parameters(), *model.buffers())}
-    found = replace(found, model=copy.deepcopy(model, same))
+    found = replace(found, model=sharing(model))
     for ups, matrix in _groups(plan):
         layer: Any = found.model.get_submodule(matrix.name)
         entry = moments[matrix.name]
