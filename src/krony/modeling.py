@@ -9,7 +9,7 @@ made torchao's tensors of the large ones; then the loader makes these again.
 import copy
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,14 @@ from krony import mlp
 from krony.activations import fuse, restore
 from krony.errors import KronyError
 from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.packing import Quantised, StoredLinear, tensors
+from krony.packing import Packed, Quantised, StoredLinear, tensors
 from krony.plan import MatrixPlan, Plan
 from krony.watched import can_keep
 
 METHOD = "kronecker"
 Factored = KroneckerLinear | KroneckerEmbedding
 Plain = nn.Linear | Conv1D  # of a plan that only takes hidden units out
+_Entry = TypeVar("_Entry", MatrixPlan, Packed)
 
 
 class KroneckerConfig(QuantizationConfigMixin):
@@ -75,8 +76,7 @@ class KroneckerQuantizer(HfQuantizer):
         # The plan may have been made on the model with its head, and loads into one without, or
         # the other way round; from here on it speaks of this model.
         plan = Plan.from_dict(self.quantization_config.plan)
-        names = _found(model, [m.name for m in plan.matrices])
-        plan = Plan(tuple(replace(m, name=n) for m, n in zip(plan.matrices, names, strict=True)))
+        plan = Plan(_found(model, plan.matrices))
         self.quantization_config.plan = plan.to_dict()
         for matrix in plan.matrices:
             weight = model.get_parameter(f"{matrix.name}.weight")
@@ -85,9 +85,7 @@ class KroneckerQuantizer(HfQuantizer):
             if not (parent._parameters or parent._buffers):  # GPT-2's would fill W with noise
                 parent._is_hf_initialized = True
         if (quantised := self._quantised()) is not None:
-            names = _found(model, [m.name for m in quantised.matrices])
-            pairs = zip(quantised.matrices, names, strict=True)
-            packed = tuple(replace(m, name=n) for m, n in pairs)
+            packed = _found(model, quantised.matrices)
             self.quantization_config.quantised = replace(quantised, matrices=packed).to_dict()
             for entry in packed:
                 weight = model.get_parameter(f"{entry.name}.weight")
@@ -187,19 +185,21 @@ if getattr(AUTO_QUANTIZER_MAPPING.get(METHOD), "__module__", None) != "krony.mod
     AUTO_QUANTIZER_MAPPING[METHOD] = KroneckerQuantizer
 
 
-def _found(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """The names with the base model's prefix added or taken away, as `model` needs."""
+def _found(model: PreTrainedModel, entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+    """The entries with the base model's prefix added to their names or taken away, as `model`
+    needs."""
     modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix + "."
     found = []
-    for name in names:
+    for entry in entries:
+        name = entry.name
         ways = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
         if not ways:
             raise KronyError(
                 f"the checkpoint has a factored {name}, which {type(model).__name__} does not "
                 "have; load it with the class that it was saved from"
             )
-        found.append(ways[0])
-    return found
+        found.append(replace(entry, name=ways[0]))
+    return tuple(found)
 
 
 def _within(name: str, parents: list[str]) -> bool:
@@ -268,9 +268,10 @@ def form(model: PreTrainedModel) -> list[str]:
             matrices[number] = replace(matrix, groups=())
             names.append(matrix.name)
     if names:
-        quantised = quantised_of(model)
-        rest = [m for m in quantised.matrices if not _within(m.name, names)] if quantised else []
-        packed = replace(quantised, matrices=tuple(rest)).to_dict() if quantised and rest else None
+        packed = None
+        if (quantised := quantised_of(model)) is not None:
+            rest = tuple(m for m in quantised.matrices if not _within(m.name, names))
+            packed = replace(quantised, matrices=rest).to_dict() if rest else None
         mlp.restore(model)
         attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance, packed))
     return names
