@@ -16,7 +16,7 @@ transformers.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # again: a test may leave more
 
