@@ -11,7 +11,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.pytorch_utils import Conv1D
 
-from krony import KroneckerGroup, KroneckerLinear, activations, cpu_kernels, mlp, tensor_rank
+from krony import (
+    KroneckerGroup,
+    KroneckerLinear,
+    activations,
+    cpu_kernels,
+    cpu_tiles,
+    mlp,
+    tensor_rank,
+)
 
 pytestmark = pytest.mark.skipif(cpu_kernels.library() is None, reason="needs a C compiler")
 MODEL, HIDDEN = 48, 144
@@ -275,3 +283,42 @@ def test_others_are_let_alone():
     model = nn.ModuleList([dense, more, erf])
     mlp.install(model)
     assert [type(module) for module in model] == [GPT2MLP] * 3
+
+
+LAYOUTS = ("small-outer", "large-outer")
+LOW_RANK = ((192, 1), (1, 64), 8), ((64, 1), (1, 192), 6)
+BETWEEN = ((64, 64), (3, 1), 1), ((64, 64), (1, 3), 1)
+
+
+@pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    ("pair", "layouts"),
+    [
+        (BETWEEN, LAYOUTS),
+        ((((96, 32), (2, 2), 1), ((32, 96), (2, 2), 1)), LAYOUTS),
+        ((((96, 32), (2, 2), 2), ((32, 96), (2, 2), 3)), LAYOUTS),
+        ((None, BETWEEN[1]), ()),  # slices of what is in one piece
+        ((BETWEEN[0], None), LAYOUTS[:1]),  # hidden features in their own order only
+        (LOW_RANK, LAYOUTS),
+        ((LOW_RANK[0], BETWEEN[1]), ()),
+        ((((192, 1), (1, 64), 7), ((64, 1), (1, 192), 5)), ()),  # features in pairs
+        (([BETWEEN[0], LOW_RANK[0]], BETWEEN[1]), ()),
+    ],
+)
+def test_what_goes_through_the_tile_unit(pair, layouts, make, layout, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.MODEL", 64)
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 192)
+    module = make(pair, True, layout).bfloat16()
+    plain = copy.deepcopy(module)
+    mlp.install(module)
+    results = []
+    run = cpu_tiles.run
+    monkeypatch.setattr(cpu_tiles, "run", lambda *parts: results.append(run(*parts)) or results[-1])
+    for shape in ((9,), (2, 40), (3, 70)):
+        x = torch.randn(*shape, 64).bfloat16()
+        wanted = plain(x)
+        results.clear()
+        close(module(x), wanted)
+        assert any(result is not None for result in results) == (layout in layouts)

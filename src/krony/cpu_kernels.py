@@ -1,8 +1,9 @@
-"""decode.c and hidden.c, compiled for this processor when first needed, called through ctypes.
+"""decode.c, hidden.c and tiles.c, compiled for this processor when first needed, and called.
 
 As Triton compiles for a GPU, the system's C compiler does here: in a few seconds, once; the library
 is kept in the user's cache. Without a compiler, or where it fails, `library` is None and everything
-takes the torch form. What is element by element is called from here, products from cpu_decode.py.
+takes the torch form. They are called through ctypes: what is element by element from here, products
+from cpu_decode.py and cpu_tiles.py.
 """
 
 import ctypes
@@ -35,6 +36,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gelu": [POINTER] * 3 + [SIZE, FLAG],
     "fill": [POINTER] * 3 + [SIZE, SIZE, FLAG],
 }
+_TILES: list[Any] = (
+    [POINTER, POINTER, FLAG, POINTER, SIZE, SIZE] + [POINTER] * 3 + [SIZE, SIZE, FLAG]
+)
 # As vectors.h numbers them.
 NONE, TANH_GELU, SILU = range(3)
 
@@ -80,6 +84,9 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., int]] | None:
             function = getattr(loaded, f"{name}_{ending}")
             function.argtypes, function.restype = arguments, ctypes.c_int
             found[name, dtype] = function
+    if loaded.tiles_allowed():  # bfloat16 is the only dtype of the unit
+        loaded.tiles.argtypes, loaded.tiles.restype = _TILES, ctypes.c_int
+        found["tiles", torch.bfloat16] = loaded.tiles
     return found
 
 
@@ -89,6 +96,7 @@ def _compiled(compiler: str) -> Path:
         "vectors.h": Path(__file__).with_name("vectors.h").read_text(encoding="utf-8"),
         "decode.c": Path(__file__).with_name("decode.c").read_text(encoding="utf-8"),
         "hidden.c": Path(__file__).with_name("hidden.c").read_text(encoding="utf-8"),
+        "tiles.c": Path(__file__).with_name("tiles.c").read_text(encoding="utf-8"),
     }
     parts = [*code.values(), *FLAGS, compiler, processor()]
     path = cache() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
@@ -178,14 +186,14 @@ def hidden(
         bias = None if bias is None else bias.contiguous()
         kept += [b, bias]
         sizes = (x.shape[1], *x.stride()[:2])
-        parts.append(_Written(x.data_ptr(), _pointer(b), _pointer(bias), *sizes))
+        parts.append(_Written(x.data_ptr(), pointer(b), pointer(bias), *sizes))
     tokens, p, k = out.shape
     mixing = None if mixing is None else mixing.float().contiguous()
     functions["hidden", out.dtype](
         ctypes.byref(parts[0]),
         ctypes.byref(parts[1]) if len(parts) > 1 else None,
         activation,
-        _pointer(mixing),
+        pointer(mixing),
         out.data_ptr(),
         *(tokens, k, p if mixing is None else mixing.shape[1], p, *out.stride()[:2]),
         torch.get_num_threads(),
@@ -200,8 +208,22 @@ def room(x: Tensor, p: int, apart: bool) -> Tensor:
     return x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
+    """Its address."""
     return None if x is None else x.data_ptr()
+
+
+def has_tiles() -> bool:
+    """Whether there is a tile unit, and this process may use it."""
+    functions = library()
+    return functions is not None and ("tiles", torch.bfloat16) in functions
+
+
+def tiles(*arguments: Any) -> bool:
+    """tiles.c's, only where `has_tiles`: whether there was no memory for it."""
+    functions = library()
+    assert functions is not None
+    return functions["tiles", torch.bfloat16](*arguments) != 0
 
 
 def has_gelu(x: Tensor) -> bool:
@@ -225,7 +247,7 @@ def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
     x, gradient = x.contiguous(), None if gradient is None else gradient.contiguous()
     y = torch.empty_like(x)
     threads = torch.get_num_threads()
-    pointers = (x.data_ptr(), _pointer(gradient), y.data_ptr())
+    pointers = (x.data_ptr(), pointer(gradient), y.data_ptr())
     functions["gelu", x.dtype](*pointers, x.numel(), threads)
     return y
 

@@ -8,6 +8,7 @@ what lies between the two large products is one loop of hidden.c.
 
 import contextlib
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from krony import cpu_decode, cpu_kernels, products, tensor_rank
+from krony import cpu_decode, cpu_kernels, cpu_tiles, products, tensor_rank
 from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
@@ -149,7 +150,8 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     if _kind(modules[parts.activation]) != parts.kind:  # another one since then
         return None
     made = cpu_decode.run(mlp, x, parts)
-    if made is not None or x.numel() < _LEAST * x.shape[-1]:
+    tokens = x.numel() // x.shape[-1]
+    if made is not None or not (tokens >= _LEAST or cpu_tiles.can_take(x)):
         return made
     if not cpu_kernels.unwatched(x) or cpu_kernels.library() is None:
         return None
@@ -159,7 +161,7 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     return _many(layers, parts.kind, x)
 
 
-def _route(layer: Any, x: Tensor) -> Route | None:
+def _route(layer: Any, x: Tensor, in_tiles: bool) -> Route | None:
     """For a layer of one group of factors, or with its W, or of none; None for others."""
     if not isinstance(layer, KroneckerLinear):
         if not is_plain_linear(layer, (nn.Linear, Conv1D)):
@@ -176,9 +178,11 @@ def _route(layer: Any, x: Tensor) -> Route | None:
     found = tensor_rank.decomposition(group, tokens, x.dtype)
     if found is not None:
         return tensor_rank.route(found, weight, (m1, n1), layout, group.mix_first)
-    if group.forms_dense(tokens):
-        return _dense(group.to_dense())
     mixing = products.mixing(group.scaled_small, group.mix_first)
+    # A few terms take the tile unit less time than W takes to be formed.
+    few = in_tiles and mixing.numel() <= cpu_kernels.MOST_MIXED
+    if not few and group.forms_dense(tokens):
+        return _dense(group.to_dense())
     inner, outer = (mixing, None) if group.mix_first else (None, mixing)
     return Route(shape, layout, weight, inner, outer)
 
@@ -190,9 +194,13 @@ def _dense(weight: Tensor) -> Route:
 
 def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     """An MLP for many tokens; None for matrices of which no `Route` is known."""
-    if not any(isinstance(x, KroneckerLinear) and x.formed() is None for x in layers):
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    in_tiles = cpu_tiles.can_take(x)
+    if not in_tiles and not any(
+        isinstance(x, KroneckerLinear) and x.formed() is None for x in layers
+    ):
         return None  # BLAS adds biases as it goes
-    routes = [route for layer in layers if (route := _route(layer, x)) is not None]
+    routes = [route for layer in layers if (route := _route(layer, x, in_tiles)) is not None]
     held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]
     if len(routes) < len(layers) or not all(h.dtype == x.dtype and h.is_cpu for h in held):
         return None
@@ -202,11 +210,15 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
         return None
     if m2 * m1 != _features(down)[0] or m2 > cpu_kernels.MOST_MIXED:
         return None
-    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    biases = [route.slices_of(layer.bias) for route, layer in zip(written, ups, strict=True)]
+    if (
+        in_tiles
+        and (made := _in_tiles(written, biases, kind, read, down.bias, x, lead)) is not None
+    ):
+        return made
     parts = []
-    for route, layer in zip(written, ups, strict=True):
-        slices, bias, outer = route.product(route.enter(x)), layer.bias, route.outer
-        bias = None if bias is None else products.to_slices(bias, (m2, m1), layout)
+    for route, bias in zip(written, biases, strict=True):
+        slices, outer = route.product(route.enter(x)), route.outer
         if outer is not None and outer.numel() > cpu_kernels.MOST_MIXED:
             slices, bias, outer = products.mix(outer, slices, bias), None, None
         slices = slices if slices.stride(2) == 1 else slices.contiguous()
@@ -223,3 +235,57 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     if inner is None:
         y = read.enter(products.from_slices(y, torch.Size([len(x)]), layout))
     return read.leave(y, down.bias, lead)
+
+
+def _in_tiles(
+    written: list[Route],
+    biases: list[Tensor | None],
+    kind: int,
+    read: Route,
+    bias: Tensor | None,
+    x: Tensor,
+    lead: torch.Size,
+) -> Tensor | None:
+    """`_many` by cpu_tiles.py, or None where that takes no such slices."""
+    (m2, m1, *_), (*_, n2, n1) = written[0].shape, read.shape
+    alike = (n2, n1, read.layout) == (m2, m1, written[0].layout)
+    # The hidden features in their own order, as written and as read.
+    plain = all(
+        layout == "small-outer" or 1 in sides
+        for layout, sides in ((written[0].layout, (m2, m1)), (read.layout, (n2, n1)))
+    )
+    low_rank = read.inner if n1 == 1 else None
+    if read.apart or any(route.apart for route in written):
+        return (
+            None  # sums of large factors are made anew: oneDNN takes less time for a few of those
+        )
+    if not (plain if read.inner is None or n1 == 1 else alike) and not (
+        alike and read.inner is None
+    ):
+        return None
+    ups = []
+    for route, offset in zip(written, biases, strict=True):
+        entered = route.enter(x).reshape(len(x), -1).contiguous()
+        product = cpu_tiles.Product(_weights(route), entered.shape[1])
+        ups.append(cpu_tiles.Up(product, entered, route.outer, offset))
+    inner, outer, weight, features = read.inner, read.outer, _weights(read), m2 * m1
+    if low_rank is not None:
+        y = cpu_tiles.run(ups, kind, None, cpu_tiles.Product(low_rank[None], features), None)
+        return None if y is None else read.leave(y.mT, bias, lead)
+    if inner is not None and len(inner) > n2:  # the results are mixed, which are fewer numbers
+        terms = weight.shape[2] // n1
+        outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
+        inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
+    elif inner is not None:
+        features = len(inner) * m1
+    offset = read.slices_of(bias)
+    product, inside = cpu_tiles.Product(weight, features), offset if outer is None else None
+    y = cpu_tiles.run(ups, kind, inner, product, inside)
+    if y is None:
+        return None
+    return replace(read, outer=outer).finish(y, None if outer is None else offset, lead)
+
+
+def _weights(route: Route) -> Tensor:
+    """Of its products, each for all slices: (·, m1, ·)."""
+    return route.weight.unflatten(0, (-1, route.shape[1]))

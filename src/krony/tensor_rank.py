@@ -27,7 +27,7 @@ MOST_CANCELLATION = 3.0
 # Multiply-adds that a product could do for each entry of a sum of large factors while that is made,
 # in float32 and in 16 bits: in hidden.c, and by torch. Of bfloat16 a tile unit does many more.
 SUMMING = {True: (30, 50), False: (80, 320)}
-SUMMING_WITH_TILES = 320
+SUMMING_WITH_TILES = 450
 
 
 @dataclass(frozen=True)

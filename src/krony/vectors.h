@@ -45,7 +45,12 @@ static inline float total(Vector v) { /* by quarters: few steps, none of them th
 static inline Words chosen(Mask where, Words yes, Words no) {
     return ((Words)where & yes) | (~(Words)where & no);
 }
-static inline Vector constant(float v) { return (Vector){0} + v; }
+static inline Vector constant(float v) {
+#ifdef __AVX512F__ /* a load fills all lanes; a sum takes an addition and a shuffle */
+    return (Vector)_mm512_set1_ps(v);
+#endif
+    return (Vector){0} + v;
+}
 
 static inline Vector within(Vector v, float most) {
 #ifdef __AVX512F__ /* NaN stays NaN: of two numbers that can't be compared, the second */
@@ -57,22 +62,32 @@ static inline Vector within(Vector v, float most) {
 #endif
 }
 
-/* 2 to the power of v, held within +-126: right to the last digits, or where not `precise`, a constant
- * where this is called, to 13 of them; bfloat16 keeps 8. */
+/* 2 to the power of v, and where `precise`, a constant where this is called, of no more than 126: right to
+ * the last digits, else to 13 of them; bfloat16 keeps 8. Polynomials of v - floor(v) with the least relative
+ * error, 2e-9 and 7e-5. */
 static inline __attribute__((always_inline)) Vector power_of_two(Vector v, int precise) {
+#ifdef __AVX512DQ__ /* NaN stays NaN: of two numbers that can't be compared, the second */
+    if (precise) v = (Vector)_mm512_min_ps((__m512)constant(126.0f), (__m512)v);
+    Vector r = (Vector)_mm512_reduce_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
     v = within(v, 126.0f);
     /* Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits. */
-    Vector shifted = v + 12582912.0f, r = v - (shifted - 12582912.0f);
-    Vector scale = (Vector)(((Words)shifted << 23) + 0x3f800000u);
-    /* The polynomials with the least relative error, 7e-5 and 2e-9. */
-    if (!precise) return (((r * 0.0551716711f + 0.242611133f) * r + 0.693260990f) * r + 0.999928074f) * scale;
-    Vector sum = r * 0.000153533101f + 0.0013398939f;
-    sum = sum * r + 0.00961843798f;
-    sum = sum * r + 0.0555033232f;
-    sum = sum * r + 0.240226479f;
-    sum = sum * r + 0.693147203f;
-    sum = sum * r + 1.0f;
-    return sum * scale;
+    Vector shifted = v - 0.5f + 12582912.0f, r = v - (shifted - 12582912.0f);
+#endif
+    Vector sum = (r * 0.0780245215f + 0.226067156f) * r + 0.695833564f;
+    if (precise) {
+        sum = r * 0.000217022549f + 0.00124396873f;
+        sum = sum * r + 0.00967884064f;
+        sum = sum * r + 0.0554833412f;
+        sum = sum * r + 0.24022983f;
+        sum = sum * r + 0.693147004f;
+    }
+    sum = sum * r + (precise ? 1.0f : 0.999925196f);
+#ifdef __AVX512DQ__
+    return (Vector)_mm512_scalef_ps((__m512)sum, (__m512)v); /* sum 2^floor(v) */
+#else
+    return sum * (Vector)(((Words)shifted << 23) + 0x3f800000u);
+#endif
 }
 
 /* 1 / v for v from 1 to 1e38. A division occupies its unit for 16 cycles; a step of Newton's makes 27
