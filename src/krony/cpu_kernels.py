@@ -36,9 +36,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gelu": [POINTER] * 3 + [SIZE, FLAG],
     "fill": [POINTER] * 3 + [SIZE, SIZE, FLAG],
 }
-_TILES: list[Any] = (
-    [POINTER, POINTER, FLAG, POINTER, SIZE, SIZE] + [POINTER] * 3 + [SIZE, SIZE, FLAG]
-)
+_TILES: list[Any] = [
+    *(POINTER, FLAG, POINTER, POINTER, FLAG, POINTER, SIZE),
+    *(POINTER, POINTER, SIZE, SIZE, FLAG),
+]
 # As vectors.h numbers them.
 NONE, TANH_GELU, SILU = range(3)
 

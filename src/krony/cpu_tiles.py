@@ -8,13 +8,13 @@ the products.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from krony import cpu_kernels
-from krony.cpu_kernels import MOST_MIXED, POINTER, SIZE, pointer
+from krony.cpu_kernels import MOST_MIXED, POINTER, SIZE
 
 LEAST = 9  # tokens; decode.c takes fewer
 SIDE = 32  # of a sum, in outputs and in tokens: SIDE of tiles.c
@@ -23,25 +23,21 @@ SIDE = 32  # of a sum, in outputs and in tokens: SIDE of tiles.c
 ROOM, LEAST_PANELS = 1_200_000, 3
 
 
+def _fields(*names: str) -> list[tuple[str, Any]]:
+    """Of a structure of tiles.c: addresses in capitals, and counts."""
+    return [(name.lower(), POINTER if name.isupper() else SIZE) for name in names]
+
+
 class _Product(ctypes.Structure):
-    """Of tiles.c."""
-
-    _fields_: ClassVar = [
-        ("w", POINTER),
-        *((name, SIZE) for name in ("weights", "m", "k", "weight", "row", "slices")),
-    ]
+    _fields_: ClassVar = _fields("W", "weights", "m", "k", "weight", "row", "slices")
 
 
-class _Up(ctypes.Structure):
-    """Of tiles.c."""
+class _Matrix(ctypes.Structure):
+    _fields_: ClassVar = [("product", _Product), *_fields("MIXING", "BIAS", "outs")]
 
-    _fields_: ClassVar = [
-        ("product", _Product),
-        ("x", POINTER),
-        ("features", SIZE),
-        ("mixing", POINTER),
-        ("bias", POINTER),
-    ]
+
+class _Input(ctypes.Structure):
+    _fields_: ClassVar = _fields("X", "MIXING", "given", "taken", "side")
 
 
 @dataclass(frozen=True)
@@ -80,19 +76,46 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Up:
-    """A matrix that writes the hidden axis.
+class Matrix:
+    """A product, and what becomes of its slices.
 
     Attributes:
-        x: (T, features), contiguous.
-        mixing: (m2, slices), or None.
-        bias: (m2, m), or None.
+        mixing: (outs, slices), or None.
+        bias: (outs, m), or None.
     """
 
     product: Product
+    mixing: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def outs(self) -> int:
+        """Slices of the outputs."""
+        return self.product.slices if self.mixing is None else len(self.mixing)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a matrix reads.
+
+    Attributes:
+        x: (T, slices, k), contiguous.
+        mixing: (p, slices), or None.
+    """
+
     x: Tensor
-    mixing: Tensor | None
-    bias: Tensor | None
+    mixing: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        """As many as the product takes."""
+        _, slices, k = self.x.shape
+        return k * (slices if self.mixing is None else len(self.mixing))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel takes it: slices that are mixed in whole tiles."""
+        return self.mixing is None or self.x.shape[2] % SIDE == 0
 
 
 def can_take(x: Tensor) -> bool:
@@ -102,33 +125,32 @@ def can_take(x: Tensor) -> bool:
 
 
 def run(
-    ups: Sequence[Up],
+    inputs: Sequence[Input],
+    ups: Sequence[Matrix],
     activation: int,
     mixing: Tensor | None,
-    down: Product,
-    bias: Tensor | None,
+    down: Matrix,
 ) -> Tensor | None:
-    """The results' slices (T, slices, m) of an MLP, or None where this is no help.
+    """The results' slices (T, outs of `down`, m) of an MLP, or None where this is no help.
 
     Outside of autograd, and only where `can_take`; all tensors in bfloat16 on the CPU.
 
     Args:
-        ups: of one matrix or of two, the second a factor of the activation of the first.
+        inputs: one for all of `ups`, or one for each.
+        ups: one matrix that writes the hidden axis or two, the second a factor of the activation of
+            the first.
         activation: as cpu_kernels.py numbers them.
-        mixing: (p, m2), of the hidden slices, or None.
-        bias: (slices, m) of the results, or None.
+        mixing: (p, outs), of the hidden slices, or None.
     """
-    first = ups[0]
-    hidden = first.product.slices if first.mixing is None else len(first.mixing)
+    hidden = ups[0].outs
     read = hidden if mixing is None else len(mixing)
-    tables = [hidden * up.product.slices if up.mixing is not None else hidden for up in ups]
-    tables.append(read * hidden if mixing is not None else hidden)
-    if max(tables) > MOST_MIXED or not all(p.fits for p in (down, *(up.product for up in ups))):
-        return None
-    numbers = {up.x.data_ptr(): up.x.shape[1] for up in ups}
-    token = 2 * (sum(numbers.values()) + read * first.product.m)  # bytes
+    token = 2 * (sum(i.features for i in inputs) + read * ups[0].product.m)  # bytes
     panels = ROOM // (token * SIDE)
-    if panels < LEAST_PANELS:
+    tables = [mixing, down.mixing, *(i.mixing for i in inputs), *(up.mixing for up in ups)]
+    small = all(table is None or table.numel() <= MOST_MIXED for table in tables)
+    if panels < LEAST_PANELS or not small or hidden > MOST_MIXED:
+        return None
+    if not all(of.product.fits for of in (*ups, down)) or not all(i.fits for i in inputs):
         return None
     kept: list[Tensor] = []
 
@@ -136,24 +158,24 @@ def run(
         if x is None:
             return None
         kept.append(x.float().contiguous())
-        return pointer(kept[-1])
+        return kept[-1].data_ptr()
 
-    parts = [
-        _Up(
-            up.product.structure(), pointer(up.x), up.x.shape[1], floats(up.mixing), floats(up.bias)
-        )
-        for up in ups
-    ]
-    y = first.x.new_empty(len(first.x), down.slices, down.m)
+    def matrix(of: Matrix) -> _Matrix:
+        return _Matrix(of.product.structure(), floats(of.mixing), floats(of.bias), of.outs)
+
+    entered = (_Input * len(inputs))()
+    for at, of in enumerate(inputs):
+        _, slices, k = of.x.shape
+        if of.mixing is None:  # all of a token in one piece
+            entered[at] = _Input(of.x.data_ptr(), None, 1, 1, slices * k)
+        else:
+            entered[at] = _Input(of.x.data_ptr(), floats(of.mixing), slices, len(of.mixing), k)
+    x = inputs[0].x
+    y = x.new_empty(len(x), down.outs, down.product.m)
+    parts: list[Any] = [ctypes.byref(matrix(up)) for up in ups]
+    gate, other = parts if len(parts) > 1 else (*parts, None)
     failed = cpu_kernels.tiles(
-        ctypes.byref(parts[0]),
-        ctypes.byref(parts[1]) if len(parts) > 1 else None,
-        activation,
-        floats(mixing),
-        *(hidden, read),
-        ctypes.byref(down.structure()),
-        floats(bias),
-        pointer(y),
-        *(len(y), panels, torch.get_num_threads()),
+        *(entered, len(inputs), gate, other, activation, floats(mixing), read),
+        *(ctypes.byref(matrix(down)), y.data_ptr(), len(y), panels, torch.get_num_threads()),
     )
     return None if failed else y

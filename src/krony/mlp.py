@@ -8,7 +8,6 @@ what lies between the two large products is one loop of hidden.c.
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -211,11 +210,10 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     if m2 * m1 != _features(down)[0] or m2 > cpu_kernels.MOST_MIXED:
         return None
     biases = [route.slices_of(layer.bias) for route, layer in zip(written, ups, strict=True)]
-    if (
-        in_tiles
-        and (made := _in_tiles(written, biases, kind, read, down.bias, x, lead)) is not None
-    ):
-        return made
+    if in_tiles:
+        made = _in_tiles(x, written, biases, kind, read, down.bias, lead)
+        if made is not None:
+            return made
     parts = []
     for route, bias in zip(written, biases, strict=True):
         slices, outer = route.product(route.enter(x)), route.outer
@@ -238,52 +236,69 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
 
 
 def _in_tiles(
+    x: Tensor,
     written: list[Route],
     biases: list[Tensor | None],
     kind: int,
     read: Route,
     bias: Tensor | None,
-    x: Tensor,
     lead: torch.Size,
 ) -> Tensor | None:
     """`_many` by cpu_tiles.py, or None where that takes no such slices."""
-    (m2, m1, *_), (*_, n2, n1) = written[0].shape, read.shape
-    alike = (n2, n1, read.layout) == (m2, m1, written[0].layout)
-    # The hidden features in their own order, as written and as read.
-    plain = all(
-        layout == "small-outer" or 1 in sides
-        for layout, sides in ((written[0].layout, (m2, m1)), (read.layout, (n2, n1)))
-    )
-    low_rank = read.inner if n1 == 1 else None
-    if read.apart or any(route.apart for route in written):
-        return (
-            None  # sums of large factors are made anew: oneDNN takes less time for a few of those
-        )
-    if not (plain if read.inner is None or n1 == 1 else alike) and not (
-        alike and read.inner is None
-    ):
+    # Sums of large factors are made anew for every batch: for these oneDNN takes less time.
+    if any(route.apart for route in (*written, read)) or not _follows(read, written[0]):
         return None
-    ups = []
-    for route, offset in zip(written, biases, strict=True):
-        entered = route.enter(x).reshape(len(x), -1).contiguous()
-        product = cpu_tiles.Product(_weights(route), entered.shape[1])
-        ups.append(cpu_tiles.Up(product, entered, route.outer, offset))
-    inner, outer, weight, features = read.inner, read.outer, _weights(read), m2 * m1
-    if low_rank is not None:
-        y = cpu_tiles.run(ups, kind, None, cpu_tiles.Product(low_rank[None], features), None)
+    inputs = [_input(route, x) for route in written]
+    products_of = [
+        cpu_tiles.Product(_weights(r), i.features) for r, i in zip(written, inputs, strict=True)
+    ]
+    if all(i.mixing is None for i in inputs) and len({i.x.data_ptr() for i in inputs}) == 1:
+        del inputs[1:]
+    ups = [
+        cpu_tiles.Matrix(product, route.outer, offset)
+        for product, route, offset in zip(products_of, written, biases, strict=True)
+    ]
+    (*_, n2, n1) = read.shape
+    inner, outer, weight, features = read.inner, read.outer, _weights(read), n2 * n1
+    if (
+        inner is not None and n1 == 1
+    ):  # low rank: what is left of the matrix is a product of its own
+        down = cpu_tiles.Matrix(cpu_tiles.Product(inner[None], features))
+        y = cpu_tiles.run(inputs, ups, kind, None, down)
         return None if y is None else read.leave(y.mT, bias, lead)
     if inner is not None and len(inner) > n2:  # the results are mixed, which are fewer numbers
         terms = weight.shape[2] // n1
         outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
         inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
     elif inner is not None:
-        features = len(inner) * m1
-    offset = read.slices_of(bias)
-    product, inside = cpu_tiles.Product(weight, features), offset if outer is None else None
-    y = cpu_tiles.run(ups, kind, inner, product, inside)
-    if y is None:
-        return None
-    return replace(read, outer=outer).finish(y, None if outer is None else offset, lead)
+        features = len(inner) * n1
+    down = cpu_tiles.Matrix(cpu_tiles.Product(weight, features), outer, read.slices_of(bias))
+    y = cpu_tiles.run(inputs, ups, kind, inner, down)
+    return None if y is None else products.from_slices(y, lead, read.layout)
+
+
+def _follows(read: Route, written: Route) -> bool:
+    """Whether one matrix reads the hidden features in the order in which another writes them."""
+    (m2, m1, *_), (*_, n2, n1) = written.shape, read.shape
+    alike = (n2, n1, read.layout) == (m2, m1, written.layout)
+    if read.inner is not None and n1 > 1:
+        return alike
+    # Slices that are features one after the other are as good as one.
+    return alike or all(
+        layout == "small-outer" or 1 in sides
+        for layout, sides in ((written.layout, (m2, m1)), (read.layout, (n2, n1)))
+    )
+
+
+def _input(route: Route, x: Tensor) -> cpu_tiles.Input:
+    """Tokens x (T, n) as the tile unit's product takes them."""
+    _, _, n2, n1 = route.shape
+    if route.inner is not None and route.inner.numel() <= cpu_kernels.MOST_MIXED:
+        slices = products.to_slices(x, (-1, n2, n1), route.layout)
+        mixed = cpu_tiles.Input(slices.contiguous(), route.inner)
+        if mixed.fits:
+            return mixed
+    return cpu_tiles.Input(route.enter(x).contiguous())
 
 
 def _weights(route: Route) -> Tensor:

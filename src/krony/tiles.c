@@ -17,14 +17,20 @@ typedef struct {
     long weights, m, k, weight, row, slices;
 } Product;
 
-/* A matrix that writes the hidden axis. */
+/* A product, and what becomes of its slices: `outs` of them. */
 typedef struct {
     Product product;
-    const uint16_t *x; /* (tokens, features), of as many slices as the product takes */
-    long features;
-    const float *mixing; /* (m2, slices), or NULL: the slices stay */
-    const float *bias;   /* (m2, m), or NULL */
-} Up;
+    const float *mixing; /* (outs, slices), or NULL: they stay */
+    const float *bias;   /* (outs, m), or NULL */
+    long outs;
+} Matrix;
+
+/* What a matrix reads. */
+typedef struct {
+    const uint16_t *x;   /* (tokens, given, side) */
+    const float *mixing; /* (taken, given), or NULL: the slices stay */
+    long given, taken, side;
+} Input;
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <sys/syscall.h>
@@ -39,16 +45,14 @@ int omp_get_num_threads(void);
 
 /* A block of tokens on its way. */
 typedef struct {
-    const Up *gate, *other; /* `other` NULL: there is no gate */
-    const Product *down;
-    const float *mixing; /* (p, m2), of the hidden slices, or NULL */
-    const float *bias;   /* (slices, m) of the results, or NULL */
-    uint16_t *y;
-    uint32_t *x[2], *hidden; /* panels */
-    uint16_t *rows;          /* room for SIDE rows of every weight */
-    float *sums[2];          /* room for those of all slices, which take turns */
-    long slices, p, tokens;  /* of the hidden axis, as written and as read */
-    long mine, share;        /* this thread's part, of the `share` that outputs are divided among */
+    const Matrix *gate, *other, *down; /* `other` NULL: there is no gate */
+    const float *mixing;               /* (p, slices of the hidden axis), or NULL */
+    uint16_t *y;                       /* (tokens, outs of `down`, m) */
+    uint32_t *x[2], *hidden;           /* panels: (pairs of features, SIDE) */
+    uint16_t *rows;                    /* room for SIDE rows of every weight */
+    float *sums[2];                    /* room for those of all slices, which take turns */
+    long features[2], p, tokens;
+    long mine, share; /* this thread's part, of the `share` that outputs are divided among */
 } Block;
 
 /* Sums to which nothing has been done yet, of outputs from `first` and the tokens of one panel. */
@@ -94,20 +98,33 @@ INLINE void transposed(__m512i *r) {
     }
 }
 
-/* x (tokens, features) as panels of SIDE tokens: (pairs of features, SIDE); zeros where there is none. */
-static void pack(const uint16_t *x, long tokens, long features, uint32_t *panels) {
-    long pairs = padded(features) / 2;
+/* 32 features of a token, from a slice on; `left` of them where those are fewer. */
+INLINE __m512i taken(const Input *in, long slice, const uint16_t *x, long left) {
+    if (!in->mixing) return _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1, x);
+    Vector low = {0}, high = {0};
+    for (long g = 0; g < in->given; g++, x += in->side) {
+        Vector factor = constant(in->mixing[slice * in->given + g]);
+        low += factor * load_bfloat16(x);
+        high += factor * load_bfloat16(x + 16);
+    }
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
+/* Inputs as panels of SIDE tokens: (pairs of features, SIDE); zeros where there is none. */
+static void pack(const Input *in, long tokens, uint32_t *panels) {
+    long pairs = padded(in->taken * in->side) / 2, given = in->given * in->side;
     for (long t = 0; t < tokens; t += 16) {
         uint32_t *to = panels + t / SIDE * SIDE * pairs + t % SIDE;
-        for (long a = 0; a < pairs; a += 16) {
-            long left = features - 2 * a; /* of numbers: an odd one ends in half a pair */
-            __mmask32 here = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-            __m512i r[16];
-            for (long i = 0; i < 16; i++)
-                r[i] = _mm512_maskz_loadu_epi16(t + i < tokens ? here : 0, x + (t + i) * features + 2 * a);
-            transposed(r);
-            for (long i = 0; i < 16; i++) _mm512_storeu_si512(to + (a + i) * SIDE, r[i]);
-        }
+        for (long slice = 0; slice < in->taken; slice++)
+            for (long a = 0; a < in->side; a += 32) {
+                __m512i r[16];
+                for (long i = 0; i < 16; i++) {
+                    const uint16_t *x = in->x + (t + i) * given + a;
+                    r[i] = t + i < tokens ? taken(in, slice, x, in->side - a) : _mm512_setzero_si512();
+                }
+                transposed(r);
+                for (long i = 0; i < 16; i++, to += SIDE) _mm512_storeu_si512(to, r[i]);
+            }
     }
     if ((tokens + 15) / 16 % 2) /* the panel's other half */
         for (long a = 0; a < pairs; a++)
@@ -144,8 +161,8 @@ INLINE void configured(void) {
     _tile_loadconfig(&tiles);
 }
 
-/* What `up` writes of a slice of the hidden axis: one feature of 16 tokens. */
-INLINE Vector written(const float *z, const float *mixing, long slices, float bias) {
+/* What a matrix makes of its sums: one feature of 16 tokens. */
+INLINE Vector made(const float *z, const float *mixing, long slices, float bias) {
     Vector h = constant(bias);
     if (!mixing) return h + load_float(z);
     for (long s = 0; s < slices; s++) h += mixing[s] * load_float(z + s * SUM);
@@ -155,23 +172,23 @@ INLINE Vector written(const float *z, const float *mixing, long slices, float bi
 /* Two features of 16 tokens of the hidden axis. `mixed`, a constant: to so many slices, none (0) or any
  * number (MOST_SLICES). */
 INLINE void hide(const Block *of, const Waiting *sums, int activation, int gated, int mixed) {
-    long row = sums->done / 2 * 2, half = sums->done % 2 * 16, m = of->gate->product.m, feature = sums->first + row;
+    Matrix gate = *of->gate, other = gated ? *of->other : gate;
+    long row = sums->done / 2 * 2, half = sums->done % 2 * 16, m = gate.product.m, feature = sums->first + row;
     if (feature >= m) return;
-    long slices = of->slices, p = mixed && mixed < MOST_SLICES ? mixed : of->p, pairs = m / 2 * SIDE;
+    long p = mixed && mixed < MOST_SLICES ? mixed : of->p, pairs = m / 2 * SIDE;
     uint32_t *to = of->hidden + sums->panel * padded(p * m) / 2 * SIDE + feature / 2 * SIDE + half;
-    Up gate = *of->gate, other = gated ? *of->other : gate;
     const float *z = sums->sums + row * SIDE + half, *beside = z + gate.product.slices * SUM;
     const float *mixing = of->mixing, none[2] = {0};
     Vector even[mixed + 1], odd[mixed + 1];
     for (long i = 0; mixed && i < p; i++) even[i] = odd[i] = (Vector){0};
-    for (long j = 0; j < slices; j++) {
+    for (long j = 0; j < gate.outs; j++) {
         const float *bias = gate.bias ? gate.bias + j * m + feature : none;
-        Vector left = activated(written(z, gate.mixing, gate.product.slices, bias[0]), activation, 0);
-        Vector right = activated(written(z + SIDE, gate.mixing, gate.product.slices, bias[1]), activation, 0);
+        Vector left = activated(made(z, gate.mixing, gate.product.slices, bias[0]), activation, 0);
+        Vector right = activated(made(z + SIDE, gate.mixing, gate.product.slices, bias[1]), activation, 0);
         if (gated) {
             bias = other.bias ? other.bias + j * m + feature : none;
-            left *= written(beside, other.mixing, other.product.slices, bias[0]);
-            right *= written(beside + SIDE, other.mixing, other.product.slices, bias[1]);
+            left *= made(beside, other.mixing, other.product.slices, bias[0]);
+            right *= made(beside + SIDE, other.mixing, other.product.slices, bias[1]);
         }
         if (gate.mixing) gate.mixing += gate.product.slices;
         else z += SUM;
@@ -179,8 +196,8 @@ INLINE void hide(const Block *of, const Waiting *sums, int activation, int gated
         else beside += SUM;
         if (!mixed) _mm512_storeu_si512(to + j * pairs, paired(left, right));
         for (long i = 0; mixed && i < p; i++) {
-            even[i] += mixing[i * slices + j] * left;
-            odd[i] += mixing[i * slices + j] * right;
+            even[i] += mixing[i * gate.outs + j] * left;
+            odd[i] += mixing[i * gate.outs + j] * right;
         }
     }
     for (long i = 0; mixed && i < p; i++) _mm512_storeu_si512(to + i * pairs, paired(even[i], odd[i]));
@@ -188,20 +205,22 @@ INLINE void hide(const Block *of, const Waiting *sums, int activation, int gated
 
 /* SIDE results of one slice, for 16 tokens. */
 INLINE void give(const Block *of, const Waiting *sums) {
-    long slice = sums->done / 2, half = sums->done % 2 * 16, m = of->down->m, first = sums->first;
-    const float *from = sums->sums + slice * SUM + half;
-    const float *bias = of->bias ? of->bias + slice * m + first : NULL;
+    const Matrix *down = of->down;
+    long slice = sums->done / 2, half = sums->done % 2 * 16, m = down->product.m, left = m - sums->first;
+    const float *mixing = down->mixing ? down->mixing + slice * down->product.slices : NULL;
+    const float *z = sums->sums + (mixing ? 0 : slice * SUM) + half;
+    const float *bias = down->bias ? down->bias + slice * m + sums->first : NULL;
     __m512i r[16];
-    for (long i = 0; i < 16; i++) {
-        Vector pair[2] = {load_float(from + 2 * i * SIDE), load_float(from + (2 * i + 1) * SIDE)};
-        for (long e = 0; bias && e < 2; e++) pair[e] += first + 2 * i + e < m ? bias[2 * i + e] : 0;
-        r[i] = paired(pair[0], pair[1]);
+    for (long i = 0; i < 16; i++, z += 2 * SIDE) {
+        int here = bias && 2 * i < left; /* features are in pairs */
+        Vector even = made(z, mixing, down->product.slices, here ? bias[2 * i] : 0);
+        r[i] = paired(even, made(z + SIDE, mixing, down->product.slices, here ? bias[2 * i + 1] : 0));
     }
     transposed(r);
-    __mmask32 here = first + SIDE <= m ? ~0u : (1u << (m - first)) - 1;
-    long token = sums->panel * SIDE + half, features = of->down->slices * m;
+    __mmask32 here = left >= SIDE ? ~0u : (1u << left) - 1;
+    long token = sums->panel * SIDE + half, features = down->outs * m;
     for (long i = 0; i < 16 && token + i < of->tokens; i++)
-        _mm512_mask_storeu_epi16(of->y + (token + i) * features + slice * m + first, here, r[i]);
+        _mm512_mask_storeu_epi16(of->y + (token + i) * features + slice * m + sums->first, here, r[i]);
 }
 
 /* The sums of all slices for SIDE outputs and the tokens of one panel; and, step by step of the tile
@@ -237,9 +256,9 @@ INLINE void sum_up(const Block *of, const Product *product, Rows rows, const uin
 
 /* One side of the hidden axis: what writes it, or what reads it. */
 INLINE void side(const Block *of, int activation, int gated, int mixed, int last) {
-    const Product *first = last ? of->down : &of->gate->product, *second = gated && !last ? &of->other->product : NULL;
-    long features = last ? of->p * of->gate->product.m : of->gate->features;
-    long slices = first->slices + (second ? second->slices : 0), turn = 0;
+    const Product *first = last ? &of->down->product : &of->gate->product;
+    const Product *second = gated && !last ? &of->other->product : NULL;
+    long features = last ? of->p * of->gate->product.m : of->features[0], turn = 0;
     long steps = first->slices * padded(first->k) / 32 + (second ? second->slices * padded(second->k) / 32 : 0);
     uint16_t *beyond = of->rows + first->weights * SIDE * padded(first->k);
     Waiting waiting = {0};
@@ -254,10 +273,10 @@ INLINE void side(const Block *of, int activation, int gated, int mixed, int last
             x += panel * padded(features) / 2 * SIDE;
             sum_up(of, first, rows, x, to, &waiting, &step, steps, activation, gated, mixed, last);
             if (second) {
-                x = of->x[1] + panel * padded(of->other->features) / 2 * SIDE;
+                x = of->x[1] + panel * padded(of->features[1]) / 2 * SIDE;
                 sum_up(of, second, others, x, to + first->slices * SUM, &waiting, &step, steps, activation, gated, mixed, last);
             }
-            waiting = (Waiting){to, row, panel, last ? 2 * slices : SIDE, 0};
+            waiting = (Waiting){to, row, panel, last ? 2 * of->down->outs : SIDE, 0};
         }
     }
     for (; waiting.done < waiting.items; waiting.done++)
@@ -265,15 +284,14 @@ INLINE void side(const Block *of, int activation, int gated, int mixed, int last
     FENCE;
 }
 
-static void enter(const Block *of) {
+static void enter(const Block *of, const Input *inputs) {
     long features = of->p * of->gate->product.m;
     for (long panel = 0; panel * SIDE < of->tokens; panel++) { /* what pads the hidden axis */
         uint32_t *to = of->hidden + (panel + 1) * padded(features) / 2 * SIDE;
         long none = (padded(features) - features) / 2 * SIDE;
         memset(to - none, 0, none * sizeof(*to));
     }
-    pack(of->gate->x, of->tokens, of->gate->features, of->x[0]);
-    if (of->other && of->x[1] != of->x[0]) pack(of->other->x, of->tokens, of->other->features, of->x[1]);
+    for (int i = 0; i < (of->x[1] == of->x[0] ? 1 : 2); i++) pack(inputs + i, of->tokens, of->x[i]);
     FENCE;
 }
 
@@ -315,16 +333,18 @@ static char *room_of(size_t bytes) {
 /* Whether this process may use the tile unit. */
 int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; } /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
 
-/* y (tokens, slices of `down`, m), plus `bias`, of x through the matrix or the two that write the hidden
- * axis, the activation, and `mixing` (p, m2), by blocks of up to `most` panels. Not 0: no memory. */
-int tiles(const Up *gate, const Up *other, int activation, const float *mixing, long slices, long p,
-          const Product *down, const float *bias, uint16_t *y, long tokens, long most, int threads) {
+/* y (tokens, outs of `down`, m), of `count` inputs through the matrix or the two that write the hidden
+ * axis, the activation, `mixing` (p, outs) and `down`, by blocks of up to `most` panels. Not 0: no
+ * memory. */
+int tiles(const Input *inputs, int count, const Matrix *gate, const Matrix *other, int activation, const float *mixing,
+          long p, const Matrix *down, uint16_t *y, long tokens, long most, int threads) {
     long panels = (tokens + SIDE - 1) / SIDE, width = (panels < most ? panels : most) * SIDE * 2;
-    int one = !other || other->x == gate->x;
-    long sums = larger(gate->product.slices + (other ? other->product.slices : 0), down->slices) * SUM * 4;
-    long parts[] = {width * padded(gate->features), one ? 0 : width * padded(other->features),
-                    width * padded(p * gate->product.m), sums, sums,
-                    larger(room_for_rows(&gate->product) + (other ? room_for_rows(&other->product) : 0), room_for_rows(down))};
+    long features[2] = {inputs[0].taken * inputs[0].side, inputs[count - 1].taken * inputs[count - 1].side};
+    long slices = gate->product.slices + (other ? other->product.slices : 0);
+    long sums = larger(slices, down->product.slices) * SUM * 4;
+    long rows = room_for_rows(&gate->product) + (other ? room_for_rows(&other->product) : 0);
+    long parts[] = {width * padded(features[0]), count > 1 ? width * padded(features[1]) : 0,
+                    width * padded(p * gate->product.m), sums, sums, larger(rows, room_for_rows(&down->product))};
     long bytes = 0;
     for (int i = 0; i < 6; i++) bytes += parts[i];
     char *rooms = room_of(bytes * threads);
@@ -342,20 +362,21 @@ int tiles(const Up *gate, const Up *other, int activation, const float *mixing, 
         for (long round = 0; round * teams < blocks; round++) {
             long b = round * teams + me / share, from = panels * b / blocks * SIDE, to = panels * (b + 1) / blocks * SIDE;
             int takes_part = me < teams * share && b < blocks;
+            Input here[2] = {inputs[0], inputs[count - 1]};
+            for (int i = 0; i < 2; i++) here[i].x += from * here[i].given * here[i].side;
+            Block of = {gate, other, down, mixing, y + from * down->outs * down->product.m};
             char *room = rooms + me / share * share * bytes;
-            Up here[2] = {*gate, other ? *other : *gate};
-            for (int i = 0; i < 2; i++) here[i].x += from * here[i].features;
-            Block of = {here, other ? here + 1 : NULL, down, mixing, bias, y + from * down->slices * down->m};
-            of.x[0] = of.x[1] = (uint32_t *)room;
-            if (!one) of.x[1] = (uint32_t *)(room + parts[0]);
+            of.x[0] = (uint32_t *)room;
+            of.x[1] = count > 1 ? (uint32_t *)(room + parts[0]) : of.x[0];
             of.hidden = (uint32_t *)(room + parts[0] + parts[1]);
             room = rooms + me * bytes + parts[0] + parts[1] + parts[2];
             of.sums[0] = (float *)room;
             of.sums[1] = (float *)(room + parts[3]);
             of.rows = (uint16_t *)(room + parts[3] + parts[4]);
-            of.slices = slices, of.p = p, of.tokens = (to < tokens ? to : tokens) - from;
+            of.features[0] = features[0], of.features[1] = features[1];
+            of.p = p, of.tokens = (to < tokens ? to : tokens) - from;
             of.mine = me % share, of.share = share;
-            if (takes_part && of.mine == 0) enter(&of);
+            if (takes_part && of.mine == 0) enter(&of, here);
             if (share > 1) {
 #pragma omp barrier
             }
