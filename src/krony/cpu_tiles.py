@@ -16,7 +16,7 @@ from torch import Tensor
 from krony import cpu_kernels
 from krony.cpu_kernels import MOST_MIXED, POINTER, SIZE
 
-LEAST = 9  # tokens; decode.c takes fewer
+LEAST = 2  # tokens
 SIDE = 32  # of a sum, in outputs and in tokens: SIDE of tiles.c
 # Bytes of a block of tokens, before and on the hidden axis, for which the second cache has room
 # beside the weights that pass through it; and panels of SIDE tokens that are worth reading those.

@@ -149,15 +149,30 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     if _kind(modules[parts.activation]) != parts.kind:  # another one since then
         return None
     made = cpu_decode.run(mlp, x, parts)
-    tokens = x.numel() // x.shape[-1]
-    if made is not None or not (tokens >= _LEAST or cpu_tiles.can_take(x)):
+    if made is not None:
         return made
+    layers = [modules[name] for name in (*parts.ups, parts.down)]
+    in_tiles = cpu_tiles.can_take(x) and all(map(_may_be_in_tiles, layers))
+    if not in_tiles and x.numel() < _LEAST * x.shape[-1]:
+        return None
     if not cpu_kernels.unwatched(x) or cpu_kernels.library() is None:
         return None
-    layers = [modules[name] for name in (*parts.ups, parts.down)]
     if any(map(is_hooked, (*layers, modules[parts.activation]))):
         return None
-    return _many(layers, parts.kind, x)
+    return _many(layers, parts.kind, x, in_tiles)
+
+
+def _may_be_in_tiles(layer: Any) -> bool:
+    """Whether cpu_tiles.py may take a layer, without looking at its tensors: for a few tokens that
+    takes as long as the layer does."""
+    if not isinstance(layer, KroneckerLinear):
+        return isinstance(layer, nn.Linear)  # a Conv1D's inputs do not lie side by side
+    if layer.keeps_formed:
+        return True
+    if len(layer.groups) > 1:
+        return False
+    group: Any = layer.groups[0]
+    return bool(group.small.numel() <= cpu_kernels.MOST_MIXED or group.large_shape[1] == 1)
 
 
 def _route(layer: Any, x: Tensor, in_tiles: bool) -> Route | None:
@@ -191,10 +206,9 @@ def _dense(weight: Tensor) -> Route:
     return Route((1, m, 1, n), "small-outer", weight)
 
 
-def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
+def _many(layers: list[Any], kind: int, x: Tensor, in_tiles: bool) -> Tensor | None:
     """An MLP for many tokens; None for matrices of which no `Route` is known."""
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    in_tiles = cpu_tiles.can_take(x)
     if not in_tiles and not any(
         isinstance(x, KroneckerLinear) and x.formed() is None for x in layers
     ):
@@ -212,7 +226,7 @@ def _many(layers: list[Any], kind: int, x: Tensor) -> Tensor | None:
     biases = [route.slices_of(layer.bias) for route, layer in zip(written, ups, strict=True)]
     if in_tiles:
         made = _in_tiles(x, written, biases, kind, read, down.bias, lead)
-        if made is not None:
+        if made is not None or len(x) < _LEAST:
             return made
     parts = []
     for route, bias in zip(written, biases, strict=True):
