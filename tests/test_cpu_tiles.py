@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from krony import cpu_kernels, cpu_tiles
-from krony.cpu_tiles import Input, Matrix, Product
+from krony.cpu_tiles import Input, Matrix, Product, Tiles
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
 
@@ -65,18 +65,16 @@ def matrix(weights, m, k, features, mixed, bias):
 
 
 def made(name, tokens, inputs=1, ups=1, bias=True):
-    """Inputs, matrices that write, mixing, matrix that reads."""
+    """Inputs x, and what `Tiles` takes but for the activation."""
     of = SHAPES[name]
-    given = [
-        Input(torch.randn(tokens, *of.given).bfloat16(), table(of.inner, of.given[0]))
-        for _ in range(inputs)
-    ]
+    xs = [torch.randn(tokens, *of.given).bfloat16() for _ in range(inputs)]
+    given = [Input(*of.given, table(of.inner, of.given[0])) for _ in xs]
     features = given[0].features
     writing = [matrix(of.weights, of.m, of.k, features, of.hidden, bias) for _ in range(ups)]
     mixing = table(of.read, writing[0].outs)
     hidden = (of.read or writing[0].outs) * of.m
     reading = matrix(of.weights2, of.m2, of.k2 or of.m, hidden, of.outer, bias)
-    return given, writing, mixing, reading
+    return xs, given, writing, mixing, reading
 
 
 def mixed(mixing, x):
@@ -92,8 +90,8 @@ def applied(of, x):
     return y if of.bias is None else y + of.bias.double()
 
 
-def oracle(inputs, ups, kind, mixing, down):
-    entered = [mixed(i.mixing, i.x.double()) for i in inputs]
+def oracle(xs, inputs, ups, kind, mixing, down):
+    entered = [mixed(i.mixing, x.double()) for i, x in zip(inputs, xs, strict=True)]
     gate, *other = (applied(up, x) for up, x in zip(ups, entered * len(ups), strict=False))
     hidden = ACTIVATIONS[kind](gate)
     for factor in other:
@@ -110,9 +108,11 @@ def test_it_is_the_mlp(name, inputs, ups, tokens, threads):
     parts = made(name, tokens, inputs, ups, bias=tokens != 45)
     # The pairs that have code of their own, and others.
     kind = cpu_kernels.NONE if tokens == 130 else (cpu_kernels.TANH_GELU, cpu_kernels.SILU)[ups - 1]
-    given, writing, mixing, reading = parts
-    found = cpu_tiles.run(given, writing, kind, mixing, reading)
-    wanted = oracle(given, writing, kind, mixing, reading)
+    xs, given, writing, mixing, reading = parts
+    tiles = Tiles(given, writing, kind, mixing, reading)
+    assert tiles.fits
+    found = tiles.run(xs)
+    wanted = oracle(xs, given, writing, kind, mixing, reading)
     assert found.shape == wanted.shape
     assert found.dtype == torch.bfloat16
     assert (found.double() - wanted).norm() / wanted.norm() < 5e-3
@@ -122,24 +122,23 @@ def test_it_is_the_mlp(name, inputs, ups, tokens, threads):
 def test_a_token_is_what_it_is_alone(threads):
     """Whatever lies beside it, in whatever block, by however many threads: to the last bit."""
     torch.set_num_threads(threads)
-    (given,), writing, *rest = made("wide", 900)
-    whole = cpu_tiles.run([given], writing, cpu_kernels.TANH_GELU, *rest)
+    (x,), given, writing, *rest = made("wide", 900)
+    tiles = Tiles(given, writing, cpu_kernels.TANH_GELU, *rest)
+    whole = tiles.run([x])
     panels = cpu_tiles.ROOM // (2 * (512 + 1024) * cpu_tiles.SIDE)
     assert len(whole) > panels * cpu_tiles.SIDE  # more than one block
     torch.set_num_threads(3 - threads)
     for start, end in ((0, 12), (500, 565), (899, 900)):
-        part = Input(given.x[start:end].contiguous())
-        found = cpu_tiles.run([part], writing, cpu_kernels.TANH_GELU, *rest)
-        assert torch.equal(found, whole[start:end])
+        assert torch.equal(tiles.run([x[start:end].contiguous()]), whole[start:end])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_with_its_token(value):
-    given, *rest = made("edges", 40)
-    writing, mixing, reading = rest
-    right = cpu_tiles.run(given, writing, cpu_kernels.TANH_GELU, mixing, reading)
-    given[0].x[17, 0, 3] = value
-    found = cpu_tiles.run(given, writing, cpu_kernels.TANH_GELU, mixing, reading)
+    (x,), given, writing, *rest = made("edges", 40)
+    tiles = Tiles(given, writing, cpu_kernels.TANH_GELU, *rest)
+    right = tiles.run([x])
+    x[17, 0, 3] = value
+    found = tiles.run([x])
     others = torch.arange(40) != 17
     assert torch.equal(found[others], right[others])
     assert not found[17].isfinite().any()
@@ -155,23 +154,21 @@ def test_slices_that_it_does_not_take(m, k, features):
         weight = weight.mT  # inputs that do not lie side by side
     product = Product(weight, features)
     assert not product.fits
-    x = Input(torch.randn(40, 1, features).bfloat16())
     down = Matrix(Product(torch.randn(1, 64, m).bfloat16(), m * (features // k)))
-    assert cpu_tiles.run([x], [Matrix(product)], cpu_kernels.NONE, None, down) is None
+    one = Input(1, features)
+    assert not Tiles([one], [Matrix(product)], cpu_kernels.NONE, None, down).fits
 
 
 def test_inputs_that_it_does_not_mix():
-    x = Input(torch.randn(40, 4, 16).bfloat16(), torch.randn(2, 4).bfloat16())
+    four = Input(4, 16, torch.randn(2, 4).bfloat16())
     up = Matrix(Product(torch.randn(1, 64, 32).bfloat16(), 32))
     down = Matrix(Product(torch.randn(1, 64, 64).bfloat16(), 64))
-    assert cpu_tiles.run([x], [up], cpu_kernels.NONE, None, down) is None
+    assert not Tiles([four], [up], cpu_kernels.NONE, None, down).fits
 
 
 def test_blocks_too_small_to_be_worth_it():
     down = Matrix(Product(torch.zeros(1, 64, 64).bfloat16(), 64))
     most = cpu_tiles.ROOM // (2 * cpu_tiles.SIDE * cpu_tiles.LEAST_PANELS) - 64
     for features, taken in ((most // 2 * 2, True), (most // 2 * 2 + 2, False)):
-        x = Input(torch.zeros(9, 1, features).bfloat16())
         up = Matrix(Product(torch.zeros(1, 64, features).bfloat16(), features))
-        found = cpu_tiles.run([x], [up], cpu_kernels.NONE, None, down)
-        assert (found is not None) == taken
+        assert Tiles([Input(1, features)], [up], cpu_kernels.NONE, None, down).fits == taken

@@ -314,11 +314,89 @@ def test_what_goes_through_the_tile_unit(pair, layouts, make, layout, monkeypatc
     plain = copy.deepcopy(module)
     mlp.install(module)
     results = []
-    run = cpu_tiles.run
-    monkeypatch.setattr(cpu_tiles, "run", lambda *parts: results.append(run(*parts)) or results[-1])
+    run = cpu_tiles.Tiles.run
+    monkeypatch.setattr(
+        cpu_tiles.Tiles, "run", lambda self, xs: results.append(run(self, xs)) or results[-1]
+    )
     for shape in ((9,), (2, 40), (3, 70)):
         x = torch.randn(*shape, 64).bfloat16()
         wanted = plain(x)
         results.clear()
         close(module(x), wanted)
         assert any(result is not None for result in results) == (layout in layouts)
+
+
+@pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
+@pytest.mark.parametrize("pair", [BETWEEN, LOW_RANK], ids=["mixed between", "low rank"])
+def test_the_tile_unit_sees_what_changes(pair, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.MODEL", 64)
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 192)
+    module = gpt2(pair).bfloat16()
+    original = type(module)
+    mlp.install(module)
+    x = torch.randn(40, 64).bfloat16()
+
+    def right(module=module, x=x):
+        found = module(x)
+        close(found, original.forward(module, x))
+        return found
+
+    def taken():
+        kept = module.__dict__["_tiled"]
+        right()
+        return module.__dict__["_tiled"] is kept
+
+    before = right()
+    assert taken()
+    changes = {
+        "bias": lambda: module.c_fc.bias.add_(1),
+        "last bias": lambda: module.c_proj.bias.mul_(2),
+        "small": lambda: module.c_fc.groups[0].small.mul_(2),
+        "large": lambda: module.c_proj.groups[0].large.weight.neg_(),
+        "another parameter": lambda: setattr(
+            module.c_fc.groups[0],
+            "small",
+            nn.Parameter(torch.randn_like(module.c_fc.groups[0].small)),
+        ),
+        "its memory": lambda: setattr(
+            module.c_proj.groups[0].small, "data", torch.randn_like(module.c_proj.groups[0].small)
+        ),
+        "another layer": lambda: setattr(module, "c_fc", copy.deepcopy(module.c_fc)),
+    }
+    for change in changes.values():
+        change()
+        assert not taken()
+        assert taken()
+    assert not torch.equal(right(), before)
+    twin = copy.deepcopy(module)
+    twin.c_fc.bias.zero_()
+    right(twin)
+    assert taken()
+    module.float()
+    right(x=x.float())
+    module.bfloat16()
+    right()
+    seen = []
+    handle = module.c_fc.groups[0].large.register_forward_hook(lambda *of: seen.append(of))
+    right()
+    assert seen
+    handle.remove()
+    right()
+    mlp.restore(module)
+    assert "_tiled" not in module.__dict__
+
+
+@pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
+def test_w_that_is_kept_goes_through_the_tile_unit():
+    module = gpt2(PAIRS["mixed between"]).bfloat16()
+    mlp.install(module)
+    x = torch.randn(40, MODEL).bfloat16()
+    for layer in (module.c_fc, module.c_proj):
+        layer.keeps_formed = True
+    wanted = module(x)
+    assert module.__dict__["_tiled"].run(x, x.shape[:1]) is not None
+    assert module.c_fc.formed() is not None
+    module.c_fc.groups[0].small.mul_(-1)
+    found = module(x)
+    close(found, type(module).original.forward(module, x))
+    assert not torch.equal(found, wanted)

@@ -96,26 +96,25 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Input:
-    """What a matrix reads.
+    """What a matrix reads: x (T, slices, k).
 
     Attributes:
-        x: (T, slices, k), contiguous.
         mixing: (p, slices), or None.
     """
 
-    x: Tensor
+    slices: int
+    k: int
     mixing: Tensor | None = None
 
     @property
     def features(self) -> int:
         """As many as the product takes."""
-        _, slices, k = self.x.shape
-        return k * (slices if self.mixing is None else len(self.mixing))
+        return self.k * (self.slices if self.mixing is None else len(self.mixing))
 
     @property
     def fits(self) -> bool:
         """Whether the kernel takes it: slices that are mixed in whole tiles."""
-        return self.mixing is None or self.x.shape[2] % SIDE == 0
+        return self.mixing is None or self.k % SIDE == 0
 
 
 def can_take(x: Tensor) -> bool:
@@ -124,16 +123,9 @@ def can_take(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and enough and cpu_kernels.has_tiles()
 
 
-def run(
-    inputs: Sequence[Input],
-    ups: Sequence[Matrix],
-    activation: int,
-    mixing: Tensor | None,
-    down: Matrix,
-) -> Tensor | None:
-    """The results' slices (T, outs of `down`, m) of an MLP, or None where this is no help.
-
-    Outside of autograd, and only where `can_take`; all tensors in bfloat16 on the CPU.
+class Tiles:
+    """An MLP as tiles.c wants it, if it `fits`. All tensors are in bfloat16 on the CPU, and what is
+    mixed and added is copied.
 
     Args:
         inputs: one for all of `ups`, or one for each.
@@ -141,41 +133,56 @@ def run(
             the first.
         activation: as cpu_kernels.py numbers them.
         mixing: (p, outs), of the hidden slices, or None.
+        down: the matrix that reads them.
     """
-    hidden = ups[0].outs
-    read = hidden if mixing is None else len(mixing)
-    token = 2 * (sum(i.features for i in inputs) + read * ups[0].product.m)  # bytes
-    panels = ROOM // (token * SIDE)
-    tables = [mixing, down.mixing, *(i.mixing for i in inputs), *(up.mixing for up in ups)]
-    small = all(table is None or table.numel() <= MOST_MIXED for table in tables)
-    if panels < LEAST_PANELS or not small or hidden > MOST_MIXED:
-        return None
-    if not all(of.product.fits for of in (*ups, down)) or not all(i.fits for i in inputs):
-        return None
-    kept: list[Tensor] = []
 
-    def floats(x: Tensor | None) -> int | None:
+    def __init__(
+        self,
+        inputs: Sequence[Input],
+        ups: Sequence[Matrix],
+        activation: int,
+        mixing: Tensor | None,
+        down: Matrix,
+    ) -> None:
+        hidden = ups[0].outs
+        read = hidden if mixing is None else len(mixing)
+        token = 2 * (sum(i.features for i in inputs) + read * ups[0].product.m)  # bytes
+        self._panels = ROOM // (token * SIDE)
+        tables = [mixing, down.mixing, *(i.mixing for i in inputs), *(up.mixing for up in ups)]
+        small = all(table is None or table.numel() <= MOST_MIXED for table in tables)
+        products, few = (of.product for of in (*ups, down)), hidden <= MOST_MIXED
+        whole = all(p.fits for p in products) and all(i.fits for i in inputs)
+        self.fits = self._panels >= LEAST_PANELS and small and few and whole
+        self._kept: list[Any] = [inputs, ups, down]
+        self._inputs = [(i.slices, i.k, i.mixing, self._floats(i.mixing)) for i in inputs]
+        gate, other = [*map(self._matrix, ups), None][:2]
+        self._middle = (gate, other, activation, self._floats(mixing), read, self._matrix(down))
+        self._outs = down.outs, down.product.m
+
+    def _floats(self, x: Tensor | None) -> int | None:
         if x is None:
             return None
-        kept.append(x.float().contiguous())
-        return kept[-1].data_ptr()
+        self._kept.append(x.float().contiguous())
+        address: int = self._kept[-1].data_ptr()
+        return address
 
-    def matrix(of: Matrix) -> _Matrix:
-        return _Matrix(of.product.structure(), floats(of.mixing), floats(of.bias), of.outs)
+    def _matrix(self, of: Matrix) -> Any:
+        product = of.product.structure()
+        return ctypes.byref(
+            _Matrix(product, self._floats(of.mixing), self._floats(of.bias), of.outs)
+        )
 
-    entered = (_Input * len(inputs))()
-    for at, of in enumerate(inputs):
-        _, slices, k = of.x.shape
-        if of.mixing is None:  # all of a token in one piece
-            entered[at] = _Input(of.x.data_ptr(), None, 1, 1, slices * k)
-        else:
-            entered[at] = _Input(of.x.data_ptr(), floats(of.mixing), slices, len(of.mixing), k)
-    x = inputs[0].x
-    y = x.new_empty(len(x), down.outs, down.product.m)
-    parts: list[Any] = [ctypes.byref(matrix(up)) for up in ups]
-    gate, other = parts if len(parts) > 1 else (*parts, None)
-    failed = cpu_kernels.tiles(
-        *(entered, len(inputs), gate, other, activation, floats(mixing), read),
-        *(ctypes.byref(matrix(down)), y.data_ptr(), len(y), panels, torch.get_num_threads()),
-    )
-    return None if failed else y
+    def run(self, xs: Sequence[Tensor]) -> Tensor | None:
+        """The results' slices (T, outs of `down`, m) for contiguous inputs (T, slices, k); None if
+        there is no memory. Outside of autograd, only where `can_take`."""
+        entered = (_Input * len(xs))()
+        for at, (x, (slices, k, mixing, address)) in enumerate(zip(xs, self._inputs, strict=True)):
+            if mixing is None:  # all of a token in one piece
+                entered[at] = _Input(x.data_ptr(), None, 1, 1, slices * k)
+            else:
+                entered[at] = _Input(x.data_ptr(), address, slices, len(mixing), k)
+        tokens = len(xs[0])
+        y = xs[0].new_empty(tokens, *self._outs)
+        sizes = (tokens, self._panels, torch.get_num_threads())
+        failed = cpu_kernels.tiles(entered, len(xs), *self._middle, y.data_ptr(), *sizes)
+        return None if failed else y

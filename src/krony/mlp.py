@@ -20,6 +20,7 @@ from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
 from krony.products import Route
+from krony.watched import Watched
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
 _LEAST = 32  # tokens from which one loop takes less than the calls that it saves
@@ -65,7 +66,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedMLP):
             module.__class__ = cast(Any, module.original)
-            for kept in ("right", "_prepared"):
+            for kept in ("right", "_prepared", "_tiled"):
                 module.__dict__.pop(kept, None)
 
 
@@ -159,7 +160,11 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
         return None
     if any(map(is_hooked, (*layers, modules[parts.activation]))):
         return None
-    return _many(layers, parts.kind, x, in_tiles)
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    made = _in_tiles(mlp, layers, x, lead) if in_tiles else None
+    if made is not None or len(x) < _LEAST:
+        return made
+    return _many(layers, parts.kind, x, lead)
 
 
 def _may_be_in_tiles(layer: Any) -> bool:
@@ -175,8 +180,12 @@ def _may_be_in_tiles(layer: Any) -> bool:
     return bool(group.small.numel() <= cpu_kernels.MOST_MIXED or group.large_shape[1] == 1)
 
 
-def _route(layer: Any, x: Tensor, in_tiles: bool) -> Route | None:
-    """For a layer of one group of factors, or with its W, or of none; None for others."""
+def _route(layer: Any, x: Tensor | None = None) -> Route | None:
+    """For a layer of one group of factors, or with its W, or of none; None for others.
+
+    Args:
+        x: the tokens, where several terms may be fewer products for so many, or W be formed.
+    """
     if not isinstance(layer, KroneckerLinear):
         if not is_plain_linear(layer, (nn.Linear, Conv1D)):
             return None
@@ -186,17 +195,15 @@ def _route(layer: Any, x: Tensor, in_tiles: bool) -> Route | None:
     group: Any = layer.groups[0]
     if len(layer.groups) > 1 or is_hooked(group) or not group.is_plain:
         return None
-    weight, tokens = group.large.weight, x.numel() // x.shape[-1]
-    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
+    weight, (m1, n1), (m2, n2) = group.large.weight, group.large_shape, group.small_shape
     shape, layout = (m2, m1, n2, n1), group.layout
-    found = tensor_rank.decomposition(group, tokens, x.dtype)
-    if found is not None:
-        return tensor_rank.route(found, weight, (m1, n1), layout, group.mix_first)
+    if x is not None:
+        found = tensor_rank.decomposition(group, len(x), x.dtype)
+        if found is not None:
+            return tensor_rank.route(found, weight, (m1, n1), layout, group.mix_first)
+        if group.forms_dense(len(x)):
+            return _dense(group.to_dense())
     mixing = products.mixing(group.scaled_small, group.mix_first)
-    # A few terms take the tile unit less time than W takes to be formed.
-    few = in_tiles and mixing.numel() <= cpu_kernels.MOST_MIXED
-    if not few and group.forms_dense(tokens):
-        return _dense(group.to_dense())
     inner, outer = (mixing, None) if group.mix_first else (None, mixing)
     return Route(shape, layout, weight, inner, outer)
 
@@ -206,31 +213,32 @@ def _dense(weight: Tensor) -> Route:
     return Route((1, m, 1, n), "small-outer", weight)
 
 
-def _many(layers: list[Any], kind: int, x: Tensor, in_tiles: bool) -> Tensor | None:
-    """An MLP for many tokens; None for matrices of which no `Route` is known."""
-    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    if not in_tiles and not any(
-        isinstance(x, KroneckerLinear) and x.formed() is None for x in layers
-    ):
-        return None  # BLAS adds biases as it goes
-    routes = [route for layer in layers if (route := _route(layer, x, in_tiles)) is not None]
+def _meet(routes: list[Route], layers: list[Any], x: Tensor) -> bool:
+    """Whether all of an MLP's matrices have a route, in the dtype of x, and those that write the
+    hidden axis write it in the same slices."""
     held = [*(route.weight for route in routes), *(x.bias for x in layers if x.bias is not None)]
     if len(routes) < len(layers) or not all(h.dtype == x.dtype and h.is_cpu for h in held):
+        return False
+    (*written, _), down = routes, layers[-1]
+    (m2, m1, *_), layout = written[0].shape, written[0].layout
+    if any(route.shape[:2] != (m2, m1) or route.layout != layout for route in written):
+        return False
+    return m2 * m1 == _features(down)[0] and m2 <= cpu_kernels.MOST_MIXED
+
+
+def _many(layers: list[Any], kind: int, x: Tensor, lead: torch.Size) -> Tensor | None:
+    """An MLP for many tokens (T, n); None for matrices of which no `Route` is known."""
+    if not any(isinstance(x, KroneckerLinear) and x.formed() is None for x in layers):
+        return None  # BLAS adds biases as it goes
+    routes = [route for layer in layers if (route := _route(layer, x)) is not None]
+    if not _meet(routes, layers, x):
         return None
     (*written, read), (*ups, down) = routes, layers
     (m2, m1, *_), layout = written[0].shape, written[0].layout
-    if any(route.shape[:2] != (m2, m1) or route.layout != layout for route in written):
-        return None
-    if m2 * m1 != _features(down)[0] or m2 > cpu_kernels.MOST_MIXED:
-        return None
-    biases = [route.slices_of(layer.bias) for route, layer in zip(written, ups, strict=True)]
-    if in_tiles:
-        made = _in_tiles(x, written, biases, kind, read, down.bias, lead)
-        if made is not None or len(x) < _LEAST:
-            return made
     parts = []
-    for route, bias in zip(written, biases, strict=True):
-        slices, outer = route.product(route.enter(x)), route.outer
+    for route, layer in zip(written, ups, strict=True):
+        bias, outer = route.slices_of(layer.bias), route.outer
+        slices = route.product(route.enter(x))
         if outer is not None and outer.numel() > cpu_kernels.MOST_MIXED:
             slices, bias, outer = products.mix(outer, slices, bias), None, None
         slices = slices if slices.stride(2) == 1 else slices.contiguous()
@@ -249,46 +257,94 @@ def _many(layers: list[Any], kind: int, x: Tensor, in_tiles: bool) -> Tensor | N
     return read.leave(y, down.bias, lead)
 
 
-def _in_tiles(
-    x: Tensor,
-    written: list[Route],
-    biases: list[Tensor | None],
-    kind: int,
-    read: Route,
-    bias: Tensor | None,
-    lead: torch.Size,
-) -> Tensor | None:
-    """`_many` by cpu_tiles.py, or None where that takes no such slices."""
-    # Sums of large factors are made anew for every batch: for these oneDNN takes less time.
-    if any(route.apart for route in (*written, read)) or not _follows(read, written[0]):
-        return None
-    inputs = [_input(route, x) for route in written]
-    products_of = [
-        cpu_tiles.Product(_weights(r), i.features) for r, i in zip(written, inputs, strict=True)
-    ]
-    if all(i.mixing is None for i in inputs) and len({i.x.data_ptr() for i in inputs}) == 1:
-        del inputs[1:]
-    ups = [
-        cpu_tiles.Matrix(product, route.outer, offset)
-        for product, route, offset in zip(products_of, written, biases, strict=True)
-    ]
-    (*_, n2, n1) = read.shape
-    inner, outer, weight, features = read.inner, read.outer, _weights(read), n2 * n1
-    if (
-        inner is not None and n1 == 1
-    ):  # low rank: what is left of the matrix is a product of its own
-        down = cpu_tiles.Matrix(cpu_tiles.Product(inner[None], features))
-        y = cpu_tiles.run(inputs, ups, kind, None, down)
-        return None if y is None else read.leave(y.mT, bias, lead)
-    if inner is not None and len(inner) > n2:  # the results are mixed, which are fewer numbers
-        terms = weight.shape[2] // n1
-        outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
-        inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
-    elif inner is not None:
-        features = len(inner) * n1
-    down = cpu_tiles.Matrix(cpu_tiles.Product(weight, features), outer, read.slices_of(bias))
-    y = cpu_tiles.run(inputs, ups, kind, inner, down)
-    return None if y is None else products.from_slices(y, lead, read.layout)
+def _in_tiles(mlp: FusedMLP, layers: list[Any], x: Tensor, lead: torch.Size) -> Tensor | None:
+    """An MLP of tokens (T, n) by cpu_tiles.py, or None where that does not take it."""
+    kept: _Tiled | None = mlp.__dict__.get("_tiled")
+    if kept is None or not kept.unchanged():
+        mlp.__dict__["_tiled"] = None  # what it was goes first
+        kept = mlp.__dict__["_tiled"] = _Tiled(mlp, layers, x)
+    return kept.run(x, lead)
+
+
+class _Tiled(Watched):
+    """An MLP as the tile unit's kernel wants it, until a factor or a bias changes."""
+
+    def __init__(self, mlp: FusedMLP, layers: list[Any], x: Tensor) -> None:
+        super().__init__()
+        for name in mlp._modules:
+            self.child(mlp, name)
+        for layer in layers:
+            self.tensor(layer, "bias")
+            self.factors(layer)
+        counted = not any(tensor.is_inference() for tensor in self.tensors)
+        if counted:
+            self.numbers()
+        self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
+        # For some numbers of tokens these are fewer products, which are not for the tile unit.
+        groups: list[Any] = [g for x, w in self._formed if w is None for g in x.groups]
+        self._several = [group for group in groups if group.terms > 1]
+        routes = [route for layer in layers if (route := _route(layer)) is not None]
+        self._tiles: cpu_tiles.Tiles | None = None
+        if counted and _meet(routes, layers, x) and _follows(routes[-1], routes[0]):
+            self._plan(routes, [layer.bias for layer in layers], mlp.parts.kind)
+
+    def _plan(self, routes: list[Route], biases: list[Tensor | None], kind: int) -> None:
+        (*written, read), (*offsets, bias) = routes, biases
+        self._written, self._read, self._bias = written, read, bias
+        inputs = [_input(route) for route in written]
+        ups = [
+            cpu_tiles.Matrix(
+                cpu_tiles.Product(_weights(route), of.features),
+                route.outer,
+                route.slices_of(offset),
+            )
+            for route, of, offset in zip(written, inputs, offsets, strict=True)
+        ]
+        if all(route.inner is None for route in written):
+            del written[1:], inputs[1:]  # they read the same
+        (*_, n2, n1) = read.shape
+        inner, outer, weight, features = read.inner, read.outer, _weights(read), n2 * n1
+        # Low rank: what is left of the matrix is a product of its own.
+        self._half = inner is not None and n1 == 1
+        if inner is not None and n1 == 1:
+            down = cpu_tiles.Matrix(cpu_tiles.Product(inner[None], features))
+            inner = None
+        else:
+            if inner is not None and len(inner) > n2:  # the results are mixed, which are fewer
+                terms = weight.shape[2] // n1
+                outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
+                inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
+            elif inner is not None:
+                features = len(inner) * n1
+            product = cpu_tiles.Product(weight, features)
+            down = cpu_tiles.Matrix(product, outer, read.slices_of(bias))
+        tiles = cpu_tiles.Tiles(inputs, ups, kind, inner, down)
+        self._tiles, self._inputs = (tiles if tiles.fits else None), inputs
+
+    def unchanged(self) -> bool:
+        """Whether factors and biases have the numbers that they had."""
+        return super().unchanged() and all(x.formed() is w for x, w in self._formed)
+
+    def run(self, x: Tensor, lead: torch.Size) -> Tensor | None:
+        """Tokens (T, n) to (*lead, m), or None where something else is to be done."""
+        if self._tiles is None:
+            return None
+        for group in self._several:
+            if tensor_rank.decomposition(group, len(x), x.dtype) is not None:
+                return None
+        xs = []
+        for route, of in zip(self._written, self._inputs, strict=True):
+            if of.mixing is None:
+                entered = route.enter(x)
+            else:
+                entered = products.to_slices(x, (-1, of.slices, of.k), route.layout)
+            xs.append(entered.contiguous())
+        y = self._tiles.run(xs)
+        if y is None:
+            return None
+        if self._half:
+            return self._read.leave(y.mT, self._bias, lead)
+        return products.from_slices(y, lead, self._read.layout)
 
 
 def _follows(read: Route, written: Route) -> bool:
@@ -304,15 +360,14 @@ def _follows(read: Route, written: Route) -> bool:
     )
 
 
-def _input(route: Route, x: Tensor) -> cpu_tiles.Input:
-    """Tokens x (T, n) as the tile unit's product takes them."""
+def _input(route: Route) -> cpu_tiles.Input:
+    """What the tile unit's product reads: slices to be mixed, or what `Route.enter` has mixed."""
     _, _, n2, n1 = route.shape
-    if route.inner is not None and route.inner.numel() <= cpu_kernels.MOST_MIXED:
-        slices = products.to_slices(x, (-1, n2, n1), route.layout)
-        mixed = cpu_tiles.Input(slices.contiguous(), route.inner)
-        if mixed.fits:
-            return mixed
-    return cpu_tiles.Input(route.enter(x).contiguous())
+    if route.inner is None:
+        return cpu_tiles.Input(n2, n1)
+    mixed = cpu_tiles.Input(n2, n1, route.inner)
+    small = route.inner.numel() <= cpu_kernels.MOST_MIXED
+    return mixed if small and mixed.fits else cpu_tiles.Input(len(route.inner), n1)
 
 
 def _weights(route: Route) -> Tensor:

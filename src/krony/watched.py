@@ -18,6 +18,7 @@ class Watched:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._children: list[tuple[dict[str, Any], str, Any]] = []
         self._hooks: list[Any] = []
+        self._versions: list[tuple[Tensor, int]] = []
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -41,8 +42,27 @@ class Watched:
         found: Tensor | None = tensor
         return found
 
+    def factors(self, layer: nn.Module) -> None:
+        """All tensors of a `KroneckerLinear`'s factors, or the weight of another layer."""
+        if "groups" not in layer._modules:
+            self.tensor(layer, "weight")
+            return
+        groups = self.child(layer, "groups")
+        for name in groups._modules:
+            group = self.child(groups, name)
+            self.tensor(self.child(group, "large"), "weight")
+            for held in ("small", "scalars", "order"):
+                self.tensor(group, held)
+
+    def numbers(self) -> None:
+        """Not only are the tensors to be the same, but the numbers in them."""
+        self._versions = [(tensor, tensor._version) for tensor in self.tensors]
+
     def unchanged(self) -> bool:
         """Whether all is where it was, and watched by nobody else."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return False
         if any(self._hooks):
             return False
         for children, name, child in self._children:
@@ -67,13 +87,8 @@ class Formed(Watched):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self._owner = layer._modules
-        groups = self.child(layer, "groups")
-        for name in groups._modules:
-            group = self.child(groups, name)
-            self.tensor(self.child(group, "large"), "weight")
-            for held in ("small", "scalars", "order"):
-                self.tensor(group, held)
-        self._versions = [(tensor, tensor._version) for tensor in self.tensors]
+        self.factors(layer)
+        self.numbers()
         dtype = self.tensors[0].dtype
         with torch.autocast(self.tensors[0].device.type, enabled=False):
             exact = layer.to_dense(torch.promote_types(dtype, torch.float32))  # rounded once
@@ -82,13 +97,6 @@ class Formed(Watched):
     def is_of(self, layer: nn.Module) -> bool:
         """Whether it is of that layer: a replica on another device starts with its attributes."""
         return self._owner is layer._modules
-
-    def unchanged(self) -> bool:
-        """Whether the factors are where they were, with the numbers that they had."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
-        return super().unchanged()
 
 
 def can_keep(layer: Any) -> bool:
