@@ -118,6 +118,35 @@ def test_it_is_the_mlp(name, inputs, ups, tokens, threads):
     assert (found.double() - wanted).norm() / wanted.norm() < 5e-3
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [9, 45, 130])
+@pytest.mark.parametrize(("inputs", "ups"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("halves", ["both", "enters", "between"])
+def test_low_rank_at_both_ends(halves, inputs, ups, tokens, threads):
+    torch.set_num_threads(threads)
+    n, first, hidden, second, m = 96, 40, 100, 38, 64
+    xs = [torch.randn(tokens, 1, n).bfloat16() for _ in range(inputs)]
+    enters = [matrix(1, first, n, n, None, False) for _ in range(ups)]
+    width, between = first, matrix(1, second, hidden, hidden, None, False)
+    if halves == "between":
+        enters, width = [], n
+    if halves == "enters":
+        between, second = None, hidden
+    writing = [matrix(1, hidden, width, width, None, True) for _ in range(ups)]
+    down = matrix(1, m, second, second, None, True)
+    kind = (cpu_kernels.TANH_GELU, cpu_kernels.SILU)[ups - 1]
+    tiles = Tiles([Input(1, n)] * inputs, writing, kind, None, down, enters, between)
+    found = tiles.run(xs)
+    reads = [x.double() for x in xs] * (ups // inputs)
+    reads = [applied(half, x) for half, x in zip(enters, reads, strict=True)] if enters else reads
+    gate, *other = (applied(up, x) for up, x in zip(writing, reads, strict=True))
+    wanted = ACTIVATIONS[kind](gate)
+    for factor in other:
+        wanted = wanted * factor
+    wanted = applied(down, wanted if between is None else applied(between, wanted))
+    assert (found.double() - wanted).norm() / wanted.norm() < 5e-3
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_token_is_what_it_is_alone(threads):
     """Whatever lies beside it, in whatever block, by however many threads: to the last bit."""

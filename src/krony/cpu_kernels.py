@@ -37,8 +37,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "fill": [POINTER] * 3 + [SIZE, SIZE, FLAG],
 }
 _TILES: list[Any] = [
-    *(POINTER, FLAG, POINTER, POINTER, FLAG, POINTER, SIZE),
-    *(POINTER, POINTER, SIZE, SIZE, FLAG),
+    *(POINTER, FLAG, POINTER, POINTER, FLAG, FLAG, POINTER, SIZE),
+    *(POINTER, POINTER, POINTER, SIZE, SIZE, FLAG),
 ]
 # As vectors.h numbers them.
 NONE, TANH_GELU, SILU = range(3)

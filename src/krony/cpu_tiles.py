@@ -128,12 +128,13 @@ class Tiles:
     mixed and added is copied.
 
     Args:
-        inputs: one for all of `ups`, or one for each.
-        ups: one matrix that writes the hidden axis or two, the second a factor of the activation of
-            the first.
+        inputs: one for all matrices that write the hidden axis, or one for each.
+        ups: one of these or two, the second a factor of the activation of the first.
         activation: as cpu_kernels.py numbers them.
         mixing: (p, outs), of the hidden slices, or None.
         down: the matrix that reads them.
+        enters: of low rank, what each of `ups` comes after; or none.
+        between: of low rank, what `down` comes after; or None.
     """
 
     def __init__(
@@ -143,20 +144,26 @@ class Tiles:
         activation: int,
         mixing: Tensor | None,
         down: Matrix,
+        enters: Sequence[Matrix] = (),
+        between: Matrix | None = None,
     ) -> None:
         hidden = ups[0].outs
         read = hidden if mixing is None else len(mixing)
-        token = 2 * (sum(i.features for i in inputs) + read * ups[0].product.m)  # bytes
+        halves = [*enters, *([] if between is None else [between])]
+        matrices = [*ups, down, *halves]
+        features = sum(i.features for i in inputs) + sum(h.outs * h.product.m for h in halves)
+        token = 2 * (features + read * ups[0].product.m)  # bytes
         self._panels = ROOM // (token * SIDE)
-        tables = [mixing, down.mixing, *(i.mixing for i in inputs), *(up.mixing for up in ups)]
+        tables = [mixing, *(i.mixing for i in inputs), *(of.mixing for of in matrices)]
         small = all(table is None or table.numel() <= MOST_MIXED for table in tables)
-        products, few = (of.product for of in (*ups, down)), hidden <= MOST_MIXED
-        whole = all(p.fits for p in products) and all(i.fits for i in inputs)
+        whole = all(of.product.fits for of in matrices) and all(i.fits for i in inputs)
+        few = hidden <= MOST_MIXED
         self.fits = self._panels >= LEAST_PANELS and small and few and whole
-        self._kept: list[Any] = [inputs, ups, down]
+        self._kept: list[Any] = [inputs, matrices]
         self._inputs = [(i.slices, i.k, i.mixing, self._floats(i.mixing)) for i in inputs]
-        gate, other = [*map(self._matrix, ups), None][:2]
-        self._middle = (gate, other, activation, self._floats(mixing), read, self._matrix(down))
+        writes = (self._matrices(enters), self._matrices(ups), len(ups), activation)
+        reads = (self._matrices([] if between is None else [between]), self._matrices([down]))
+        self._middle = (*writes, self._floats(mixing), read, *reads)
         self._outs = down.outs, down.product.m
 
     def _floats(self, x: Tensor | None) -> int | None:
@@ -166,11 +173,12 @@ class Tiles:
         address: int = self._kept[-1].data_ptr()
         return address
 
-    def _matrix(self, of: Matrix) -> Any:
-        product = of.product.structure()
-        return ctypes.byref(
-            _Matrix(product, self._floats(of.mixing), self._floats(of.bias), of.outs)
-        )
+    def _matrices(self, of: Sequence[Matrix]) -> Any:
+        structures = [
+            _Matrix(m.product.structure(), self._floats(m.mixing), self._floats(m.bias), m.outs)
+            for m in of
+        ]
+        return (_Matrix * len(structures))(*structures) if structures else None
 
     def run(self, xs: Sequence[Tensor]) -> Tensor | None:
         """The results' slices (T, outs of `down`, m) for contiguous inputs (T, slices, k); None if

@@ -290,35 +290,33 @@ class _Tiled(Watched):
 
     def _plan(self, routes: list[Route], biases: list[Tensor | None], kind: int) -> None:
         (*written, read), (*offsets, bias) = routes, biases
-        self._written, self._read, self._bias = written, read, bias
+        self._layouts = [route.layout for route in written]
+        self._layout = read.layout
+        halves = [_half(route) for route in written]
+        enters = [half for half in halves if half is not None]
+        if enters and len(enters) < len(written):
+            return
         inputs = [_input(route) for route in written]
-        ups = [
-            cpu_tiles.Matrix(
-                cpu_tiles.Product(_weights(route), of.features),
-                route.outer,
-                route.slices_of(offset),
-            )
-            for route, of, offset in zip(written, inputs, offsets, strict=True)
-        ]
-        if all(route.inner is None for route in written):
-            del written[1:], inputs[1:]  # they read the same
+        ups = []
+        for route, of, half, offset in zip(written, inputs, halves, offsets, strict=True):
+            features = of.features if half is None else half.product.m
+            product = cpu_tiles.Product(_weights(route), features)
+            ups.append(cpu_tiles.Matrix(product, route.outer, route.slices_of(offset)))
+        if all(of.mixing is None for of in inputs):
+            del inputs[1:]  # all read the same
         (*_, n2, n1) = read.shape
         inner, outer, weight, features = read.inner, read.outer, _weights(read), n2 * n1
-        # Low rank: what is left of the matrix is a product of its own.
-        self._half = inner is not None and n1 == 1
-        if inner is not None and n1 == 1:
-            down = cpu_tiles.Matrix(cpu_tiles.Product(inner[None], features))
-            inner = None
-        else:
-            if inner is not None and len(inner) > n2:  # the results are mixed, which are fewer
-                terms = weight.shape[2] // n1
-                outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
-                inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
-            elif inner is not None:
-                features = len(inner) * n1
-            product = cpu_tiles.Product(weight, features)
-            down = cpu_tiles.Matrix(product, outer, read.slices_of(bias))
-        tiles = cpu_tiles.Tiles(inputs, ups, kind, inner, down)
+        between = _half(read)
+        if between is not None:
+            inner, features = None, between.product.m
+        elif inner is not None and len(inner) > n2:  # the results are mixed, which are fewer
+            terms = weight.shape[2] // n1
+            outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
+            inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
+        elif inner is not None:
+            features = len(inner) * n1
+        down = cpu_tiles.Matrix(cpu_tiles.Product(weight, features), outer, read.slices_of(bias))
+        tiles = cpu_tiles.Tiles(inputs, ups, kind, inner, down, enters, between)
         self._tiles, self._inputs = (tiles if tiles.fits else None), inputs
 
     def unchanged(self) -> bool:
@@ -332,19 +330,12 @@ class _Tiled(Watched):
         for group in self._several:
             if tensor_rank.decomposition(group, len(x), x.dtype) is not None:
                 return None
-        xs = []
-        for route, of in zip(self._written, self._inputs, strict=True):
-            if of.mixing is None:
-                entered = route.enter(x)
-            else:
-                entered = products.to_slices(x, (-1, of.slices, of.k), route.layout)
-            xs.append(entered.contiguous())
+        xs = [
+            products.to_slices(x, (-1, of.slices, of.k), layout).contiguous()
+            for layout, of in zip(self._layouts, self._inputs, strict=False)
+        ]
         y = self._tiles.run(xs)
-        if y is None:
-            return None
-        if self._half:
-            return self._read.leave(y.mT, self._bias, lead)
-        return products.from_slices(y, lead, self._read.layout)
+        return None if y is None else products.from_slices(y, lead, self._layout)
 
 
 def _follows(read: Route, written: Route) -> bool:
@@ -361,13 +352,17 @@ def _follows(read: Route, written: Route) -> bool:
 
 
 def _input(route: Route) -> cpu_tiles.Input:
-    """What the tile unit's product reads: slices to be mixed, or what `Route.enter` has mixed."""
+    """What the tile unit's product reads."""
     _, _, n2, n1 = route.shape
-    if route.inner is None:
-        return cpu_tiles.Input(n2, n1)
-    mixed = cpu_tiles.Input(n2, n1, route.inner)
-    small = route.inner.numel() <= cpu_kernels.MOST_MIXED
-    return mixed if small and mixed.fits else cpu_tiles.Input(len(route.inner), n1)
+    return cpu_tiles.Input(n2, n1, None if n1 == 1 else route.inner)
+
+
+def _half(route: Route) -> cpu_tiles.Matrix | None:
+    """Of low rank the half that reads, which is a product of its own; else None."""
+    (*_, n2, n1), inner = route.shape, route.inner
+    if inner is None or n1 > 1:
+        return None
+    return cpu_tiles.Matrix(cpu_tiles.Product(inner[None], n2))
 
 
 def _weights(route: Route) -> Tensor:

@@ -284,15 +284,13 @@ INLINE void side(const Block *of, int activation, int gated, int mixed, int last
     FENCE;
 }
 
-static void enter(const Block *of, const Input *inputs) {
-    long features = of->p * of->gate->product.m;
-    for (long panel = 0; panel * SIDE < of->tokens; panel++) { /* what pads the hidden axis */
-        uint32_t *to = of->hidden + (panel + 1) * padded(features) / 2 * SIDE;
-        long none = (padded(features) - features) / 2 * SIDE;
-        memset(to - none, 0, none * sizeof(*to));
+/* Zeros in what pads the features of panels. */
+static void pad(uint32_t *panels, long features, long tokens) {
+    long none = (padded(features) - features) / 2 * SIDE;
+    for (long t = 0; none && t < tokens; t += SIDE) {
+        panels += padded(features) / 2 * SIDE;
+        memset(panels - none, 0, none * sizeof(*panels));
     }
-    for (int i = 0; i < (of->x[1] == of->x[0] ? 1 : 2); i++) pack(inputs + i, of->tokens, of->x[i]);
-    FENCE;
 }
 
 static void write_side(const Block *of, int activation) {
@@ -315,7 +313,13 @@ static void write_side(const Block *of, int activation) {
 
 static void read_side(const Block *of) { side(of, NONE, 0, 0, 1); }
 
-static long room_for_rows(const Product *of) { return of ? of->weights * SIDE * padded(of->k) * 2 : 0; }
+/* A matrix alone, from panels to panels. */
+static void pass(Block of, const Matrix *by, uint32_t *from, long features, uint32_t *to) {
+    of.gate = by, of.other = NULL, of.mixing = NULL, of.p = by->outs;
+    of.x[0] = from, of.features[0] = features, of.hidden = to;
+    write_side(&of, NONE);
+}
+
 static long larger(long a, long b) { return a > b ? a : b; }
 
 /* Kept from call to call: fresh pages would take a tenth of the time. */
@@ -333,20 +337,30 @@ static char *room_of(size_t bytes) {
 /* Whether this process may use the tile unit. */
 int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; } /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
 
-/* y (tokens, outs of `down`, m), of `count` inputs through the matrix or the two that write the hidden
- * axis, the activation, `mixing` (p, outs) and `down`, by blocks of up to `most` panels. Not 0: no
- * memory. */
-int tiles(const Input *inputs, int count, const Matrix *gate, const Matrix *other, int activation, const float *mixing,
-          long p, const Matrix *down, uint16_t *y, long tokens, long most, int threads) {
+/* y (tokens, outs of `down`, m): `count` inputs, through the `enters` of what writes the hidden axis where
+ * there are some; through that, one matrix or two; activation and `mixing` (p, outs); through `between`
+ * where there is one, and `down`. By blocks of up to `most` panels. Not 0: no memory. */
+int tiles(const Input *inputs, int count, const Matrix *enters, const Matrix *ups, int matrices, int activation,
+          const float *mixing, long p, const Matrix *between, const Matrix *down, uint16_t *y, long tokens, long most,
+          int threads) {
+    enum { RAW, X = 2, HIDDEN = 4, MIDDLE, SUMS, TURN, ROWS, PARTS };
     long panels = (tokens + SIDE - 1) / SIDE, width = (panels < most ? panels : most) * SIDE * 2;
-    long features[2] = {inputs[0].taken * inputs[0].side, inputs[count - 1].taken * inputs[count - 1].side};
-    long slices = gate->product.slices + (other ? other->product.slices : 0);
-    long sums = larger(slices, down->product.slices) * SUM * 4;
-    long rows = room_for_rows(&gate->product) + (other ? room_for_rows(&other->product) : 0);
-    long parts[] = {width * padded(features[0]), count > 1 ? width * padded(features[1]) : 0,
-                    width * padded(p * gate->product.m), sums, sums, larger(rows, room_for_rows(&down->product))};
-    long bytes = 0;
-    for (int i = 0; i < 6; i++) bytes += parts[i];
+    /* Numbers of a token, then bytes in the rooms of a thread. */
+    long numbers[MIDDLE + 1] = {0}, parts[PARTS], sums = 0, rows = 0, bytes = 0;
+    const Matrix *all_of[] = {enters, enters ? enters + matrices - 1 : NULL, ups, ups + matrices - 1, between, down};
+    for (int i = 0; i < 6; i++) {
+        if (!all_of[i]) continue;
+        const Product *of = &all_of[i]->product;
+        int pair = matrices > 1 && (i == 2 || i == 3); /* at the same time */
+        sums = larger(sums, of->slices * (1 + pair)), rows = larger(rows, of->weights * padded(of->k) * (1 + pair));
+    }
+    for (int i = 0; i < count; i++) numbers[(enters ? RAW : X) + i] = inputs[i].taken * inputs[i].side;
+    for (int i = 0; enters && i < matrices; i++) numbers[X + i] = enters[i].outs * enters[i].product.m;
+    numbers[HIDDEN] = p * ups->product.m;
+    if (between) numbers[MIDDLE] = between->outs * between->product.m;
+    for (int i = 0; i <= MIDDLE; i++) parts[i] = width * padded(numbers[i]);
+    parts[SUMS] = parts[TURN] = sums * SUM * 4, parts[ROWS] = rows * SIDE * 2;
+    for (int i = 0; i < PARTS; i++) bytes += parts[i];
     char *rooms = room_of(bytes * threads);
     if (!rooms) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -362,32 +376,45 @@ int tiles(const Input *inputs, int count, const Matrix *gate, const Matrix *othe
         for (long round = 0; round * teams < blocks; round++) {
             long b = round * teams + me / share, from = panels * b / blocks * SIDE, to = panels * (b + 1) / blocks * SIDE;
             int takes_part = me < teams * share && b < blocks;
-            Input here[2] = {inputs[0], inputs[count - 1]};
-            for (int i = 0; i < 2; i++) here[i].x += from * here[i].given * here[i].side;
-            Block of = {gate, other, down, mixing, y + from * down->outs * down->product.m};
-            char *room = rooms + me / share * share * bytes;
-            of.x[0] = (uint32_t *)room;
-            of.x[1] = count > 1 ? (uint32_t *)(room + parts[0]) : of.x[0];
-            of.hidden = (uint32_t *)(room + parts[0] + parts[1]);
-            room = rooms + me * bytes + parts[0] + parts[1] + parts[2];
-            of.sums[0] = (float *)room;
-            of.sums[1] = (float *)(room + parts[3]);
-            of.rows = (uint16_t *)(room + parts[3] + parts[4]);
-            of.features[0] = features[0], of.features[1] = features[1];
+            void *at[PARTS];
+            char *shared = rooms + me / share * share * bytes, *own = rooms + me * bytes;
+            for (int i = 0; i < PARTS; shared += parts[i], own += parts[i], i++) at[i] = i < SUMS ? shared : own;
+            Block of = {ups, matrices > 1 ? ups + 1 : NULL, down, mixing, y + from * down->outs * down->product.m};
+            of.x[0] = at[X], of.x[1] = numbers[X + 1] ? at[X + 1] : at[X], of.hidden = at[HIDDEN];
+            of.features[0] = numbers[X], of.features[1] = numbers[X + 1] ? numbers[X + 1] : numbers[X];
+            of.sums[0] = at[SUMS], of.sums[1] = at[TURN], of.rows = at[ROWS];
             of.p = p, of.tokens = (to < tokens ? to : tokens) - from;
             of.mine = me % share, of.share = share;
-            if (takes_part && of.mine == 0) enter(&of, here);
-            if (share > 1) {
-#pragma omp barrier
+            if (takes_part && of.mine == 0) {
+                for (int i = 0; i < count; i++) {
+                    Input here = inputs[i];
+                    here.x += from * here.given * here.side;
+                    pack(&here, of.tokens, at[(enters ? RAW : X) + i]);
+                }
+                for (int i = X; i <= MIDDLE; i++)
+                    if (enters || i >= HIDDEN) pad(at[i], numbers[i], of.tokens);
+                FENCE;
             }
+#define TOGETHER                       \
+    if (share > 1) {                   \
+        _Pragma("omp barrier")         \
+    }
+            TOGETHER
+            for (int i = 0; enters && takes_part && i < matrices; i++) {
+                int raw = i < count ? i : 0;
+                pass(of, enters + i, at[RAW + raw], numbers[RAW + raw], at[X + i]);
+            }
+            if (enters) TOGETHER
             if (takes_part) write_side(&of, activation);
-            if (share > 1) {
-#pragma omp barrier
+            TOGETHER
+            if (between && takes_part) pass(of, between, at[HIDDEN], numbers[HIDDEN], at[MIDDLE]);
+            if (between) {
+                of.gate = between, of.p = between->outs, of.hidden = at[MIDDLE];
+                TOGETHER
             }
             if (takes_part) read_side(&of);
-            if (share > 1) { /* before the room is used again */
-#pragma omp barrier
-            }
+            TOGETHER /* before the room is used again */
+#undef TOGETHER
         }
         _tile_release();
     }
