@@ -373,8 +373,12 @@ def test_the_tile_unit_sees_what_changes(pair, monkeypatch):
     right(twin)
     assert taken()
     module.float()
+    assert "_tiled" not in module.__dict__
     right(x=x.float())
     module.bfloat16()
+    right()
+    module.train().eval()
+    assert "_tiled" not in module.__dict__
     right()
     seen = []
     handle = module.c_fc.groups[0].large.register_forward_hook(lambda *of: seen.append(of))

@@ -40,6 +40,15 @@ class FusedMLP(nn.Module):
             return made
         return super().forward(*inputs, **options)
 
+    def train(self, mode: bool = True) -> "FusedMLP":
+        if mode:  # it may hold a W of its layers
+            self.__dict__.pop("_tiled", None)
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.__dict__.pop("_tiled", None)  # it is of the dtype and the device that were
+        return super()._apply(*arguments, **options)
+
 
 _CLASSES: dict[tuple[type[nn.Module], Parts], type[FusedMLP]] = {}
 
