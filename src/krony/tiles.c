@@ -274,8 +274,11 @@ INLINE void side(const Block *of, int activation, int gated, int mixed, int last
             sum_up(of, first, rows, x, to, &waiting, &step, steps, activation, gated, mixed, last);
             if (second) {
                 x = of->x[1] + panel * padded(of->features[1]) / 2 * SIDE;
-                sum_up(of, second, others, x, to + first->slices * SUM, &waiting, &step, steps, activation, gated, mixed, last);
+                to += first->slices * SUM;
+                sum_up(of, second, others, x, to, &waiting, &step, steps, activation, gated, mixed, last);
+                to -= first->slices * SUM;
             }
+            /* Halves of slices, or pairs of rows by halves. */
             waiting = (Waiting){to, row, panel, last ? 2 * of->down->outs : SIDE, 0};
         }
     }
@@ -374,7 +377,8 @@ int tiles(const Input *inputs, int count, const Matrix *enters, const Matrix *up
         if (blocks > panels) blocks = panels;
         configured();
         for (long round = 0; round * teams < blocks; round++) {
-            long b = round * teams + me / share, from = panels * b / blocks * SIDE, to = panels * (b + 1) / blocks * SIDE;
+            long b = round * teams + me / share;
+            long from = panels * b / blocks * SIDE, to = panels * (b + 1) / blocks * SIDE;
             int takes_part = me < teams * share && b < blocks;
             void *at[PARTS];
             char *shared = rooms + me / share * share * bytes, *own = rooms + me * bytes;
