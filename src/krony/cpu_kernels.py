@@ -187,14 +187,14 @@ def hidden(
         bias = None if bias is None else bias.contiguous()
         kept += [b, bias]
         sizes = (x.shape[1], *x.stride()[:2])
-        parts.append(_Written(x.data_ptr(), pointer(b), pointer(bias), *sizes))
+        parts.append(_Written(x.data_ptr(), _pointer(b), _pointer(bias), *sizes))
     tokens, p, k = out.shape
     mixing = None if mixing is None else mixing.float().contiguous()
     functions["hidden", out.dtype](
         ctypes.byref(parts[0]),
         ctypes.byref(parts[1]) if len(parts) > 1 else None,
         activation,
-        pointer(mixing),
+        _pointer(mixing),
         out.data_ptr(),
         *(tokens, k, p if mixing is None else mixing.shape[1], p, *out.stride()[:2]),
         torch.get_num_threads(),
@@ -209,8 +209,7 @@ def room(x: Tensor, p: int, apart: bool) -> Tensor:
     return x.new_empty((p, tokens, k)).transpose(0, 1) if apart else x.new_empty((tokens, p, k))
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """Its address."""
+def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
@@ -248,7 +247,7 @@ def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
     x, gradient = x.contiguous(), None if gradient is None else gradient.contiguous()
     y = torch.empty_like(x)
     threads = torch.get_num_threads()
-    pointers = (x.data_ptr(), pointer(gradient), y.data_ptr())
+    pointers = (x.data_ptr(), _pointer(gradient), y.data_ptr())
     functions["gelu", x.dtype](*pointers, x.numel(), threads)
     return y
 

@@ -1,8 +1,8 @@
 """A whole MLP for many tokens in bfloat16, on a CPU with a tile unit: the calls of tiles.c.
 
 The two large products, with what lies between them while the tile unit works, for a block of tokens
-at a time that stays in the second cache. For what it does not take, `run` is None, and oneDNN makes
-the products.
+at a time that stays in the second cache. Of what does not fit (`Tiles.fits`) oneDNN makes the
+products.
 """
 
 import ctypes

@@ -246,22 +246,19 @@ class Route:
 
     def leave(self, x: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
         """Slices (T, p, n1) to the outputs (*lead, m)."""
-        if self.outer is None and self.shape[0] == 1:  # BLAS adds it as it goes
-            return self.finish(self.product(x, bias), None, lead)
-        return self.finish(self.product(x), self.slices_of(bias), lead)
+        slices = self.slices_of(bias)
+        if self.outer is not None:
+            y = mix(self.outer, self.product(x), slices)
+        elif self.shape[0] == 1:  # BLAS adds it as it goes
+            y = self.product(x, bias)
+        else:
+            y = self.product(x) if slices is None else add(self.product(x), slices)
+        return from_slices(y, lead, self.layout)
 
     def slices_of(self, bias: Tensor | None) -> Tensor | None:
         """A bias (m,) by slices of the outputs: (m2, m1)."""
         m2, m1, _, _ = self.shape
         return None if bias is None else to_slices(bias, (m2, m1), self.layout)
-
-    def finish(self, y: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
-        """What the product made (T, q, m1), and a bias (m2, m1), to the outputs (*lead, m)."""
-        if self.outer is not None:
-            y = mix(self.outer, y, bias)
-        elif bias is not None:
-            y = add(y, bias)
-        return from_slices(y, lead, self.layout)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., n) through all of it: (..., m)."""

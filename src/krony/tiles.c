@@ -274,9 +274,8 @@ INLINE void side(const Block *of, int activation, int gated, int mixed, int last
             sum_up(of, first, rows, x, to, &waiting, &step, steps, activation, gated, mixed, last);
             if (second) {
                 x = of->x[1] + panel * padded(of->features[1]) / 2 * SIDE;
-                to += first->slices * SUM;
-                sum_up(of, second, others, x, to, &waiting, &step, steps, activation, gated, mixed, last);
-                to -= first->slices * SUM;
+                float *beside = to + first->slices * SUM;
+                sum_up(of, second, others, x, beside, &waiting, &step, steps, activation, gated, mixed, last);
             }
             /* Halves of slices, or pairs of rows by halves. */
             waiting = (Waiting){to, row, panel, last ? 2 * of->down->outs : SIDE, 0};
