@@ -4,7 +4,10 @@ One matrix (c_fc of GPT-2 small) and a stack of MLPs with distinct weights, ever
 paper and a balanced sum. All rivals of a row take turns in one process, and every ratio is within a
 round, so that a machine whose speed drifts drifts for all.
 
+On a GPU each run is a CUDA graph, as in a server, and the models are to be larger than its caches.
+
 python benchmarks/forward.py [--threads 1 2] [--tokens 1 8 128 1024] [--dtypes float32 bfloat16]
+python benchmarks/forward.py --what stack --layers 48 --threads 1                    # on a GPU
 """
 
 import argparse
@@ -137,6 +140,19 @@ def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return torch.compile(run)
 
 
+def recorded(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Any]:
+    """The same work on the same x as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        run(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        run(x)
+    return lambda _: graph.replay()
+
+
 def rivals(
     scheme: str, layers: int, dtype: torch.dtype, ways: Sequence[str] = tuple(WAYS)
 ) -> dict[str, Layers]:
@@ -259,6 +275,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, no CUDA graphs")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each cell")
     parser.add_argument("--rounds", type=int, default=5, help="at least, for each cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/forward.json"))
@@ -282,6 +299,8 @@ def main() -> None:
                         runs = {name: make(layers) for name, layers in every.items()}
                         if arguments.compile:
                             runs = {name: compiled(run) for name, run in runs.items()}
+                        elif device == "cuda" and not arguments.eager:
+                            runs = {name: recorded(run, x) for name, run in runs.items()}
                         taken = seconds(runs, x, arguments.seconds, arguments.rounds)
                         cell = {
                             "dtype": dtype,

@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--compile", action="store_true", help="the bare loop's steps")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
@@ -139,7 +140,10 @@ def main() -> None:
     print("| dtype, threads | model |", " | ".join(load.name for load in loads), "|")
     print("|---|---|" + "---|" * len(loads))
     for dtype in arguments.dtypes:
-        runners = {name: Runner(model.to(DTYPES[dtype])) for name, model in models.items()}
+        runners = {
+            name: Runner(model.to(DTYPES[dtype]), arguments.compile)
+            for name, model in models.items()
+        }
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             rows, rates = bench.measure(runners, loads, REFERENCE)

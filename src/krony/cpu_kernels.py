@@ -124,11 +124,15 @@ def can_take(x: Tensor) -> bool:
     )
 
 
+def undisturbed(x: Tensor) -> bool:
+    """Whether x is outside of autocast, and nothing watches or counts operations."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return not autocast and not _get_current_dispatch_mode_stack()
+
+
 def unwatched(x: Tensor) -> bool:
-    """Whether x is on the CPU, outside of autocast, and nothing watches or counts operations."""
-    return (
-        x.is_cpu and not torch.is_autocast_enabled("cpu") and not _get_current_dispatch_mode_stack()
-    )
+    """Whether that is so and x on the CPU."""
+    return x.is_cpu and undisturbed(x)
 
 
 def as_they_are(x: Tensor, small: Tensor, weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ Triton is imported at the first call, never with krony.
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,20 +53,32 @@ def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:
     Args:
         x, small, weight: those of `decode`.
     """
-    if not (x.is_cuda or _INTERPRETED) or torch.compiler.is_exporting():
+    if not can_take(x):
         return False
     tokens = x.numel() // x.shape[-1]
-    terms, *sides = small.shape
+    return (
+        0 < tokens <= MAX_TOKENS
+        and fits(small.shape)
+        and x.dtype == small.dtype == weight.dtype
+        and x.device == small.device == weight.device
+    )
+
+
+def fits(small: Sequence[int]) -> bool:
+    """Whether small factors (R, m2, n2) are small enough to be mixed anew by every program."""
+    terms, m2, n2 = small
+    return max(m2, n2) <= MAX_SIDE and terms * m2 * n2 <= MAX_ENTRIES
+
+
+def can_take(x: Tensor) -> bool:
+    """Whether the kernels can run on x: Triton, a recent GPU, a dtype of theirs, no autocast."""
+    if not (x.is_cuda or _INTERPRETED) or torch.compiler.is_exporting():
+        return False
     return (
         _INSTALLED
-        and 0 < tokens <= MAX_TOKENS
-        and max(sides) <= MAX_SIDE
-        and terms * sides[0] * sides[1] <= MAX_ENTRIES
-        and x.dtype == small.dtype == weight.dtype
         and x.dtype in DTYPES
-        and x.device == small.device == weight.device
-        and not torch.is_autocast_enabled(x.device.type)
         and _runs_on(x.device.type, x.device.index)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -102,19 +115,59 @@ def decode(
     return y.reshape(*lead, y.shape[-1])
 
 
+def run_step(x: Tensor, step: Any, many: bool) -> Tensor:
+    """What a `triton_kernels.Step` makes of x (T, n): (T, q·m1), no gradients.
+
+    Args:
+        many: see `triton_kernels.launch`.
+    """
+    if not torch.compiler.is_compiling():  # the way through the dispatcher takes longer
+        return _launched(x, step, many)
+    options = step.sides, step.small_outer, step.mix_first, step.kind, many
+    return _step(x, step.weights, step.smalls, step.biases, step.inner, *options)
+
+
+def _launched(x: Tensor, step: Any, many: bool) -> Tensor:
+    from krony.triton_kernels import launch
+
+    y = x.new_empty(len(x), step.outputs)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        launch(x.contiguous(), step, y, many)
+    return y
+
+
+@torch.library.custom_op("krony::step", mutates_args=())
+def _step(
+    x: Tensor, weights: Sequence[Tensor], smalls: Sequence[Tensor], biases: Sequence[Tensor],
+    inner: Tensor | None, sides: Sequence[int], small_outer: bool, mix_first: bool, kind: int,
+    many: bool,
+) -> Tensor:  # fmt: skip
+    from krony.triton_kernels import Step
+
+    m1, n1, m2, n2 = sides
+    held = tuple(weights), tuple(smalls), tuple(biases)
+    step = Step(*held, (m1, n1, m2, n2), small_outer, mix_first, kind, inner)
+    return _launched(x, step, many)
+
+
+@_step.register_fake
+def _(x, weights, smalls, biases, inner, sides, small_outer, mix_first, kind, many):  # type: ignore[no-untyped-def]
+    slices = sides[2] if inner is None else len(inner)
+    return x.new_empty(len(x), slices * sides[0])
+
+
 @torch.library.custom_op("krony::decode", mutates_args=())
 def _decode(
     x: Tensor, small: Tensor, weight: Tensor, bias: Tensor | None, m1: int, n1: int,
     small_outer: bool, mix_first: bool,
 ) -> Tensor:  # fmt: skip
-    from krony.triton_kernels import launch
+    from krony.triton_kernels import Step
 
-    y = x.new_empty(len(x), m1 * small.shape[1])
-    x, small, weight = x.contiguous(), small.contiguous(), weight.contiguous()
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        bias = None if bias is None else bias.contiguous()
-        launch(x, small, weight, bias, y, m1, n1, small_outer, mix_first)
-    return y
+    biases = () if bias is None else (bias.contiguous(),)
+    _, m2, n2 = small.shape
+    weights, smalls = (weight.contiguous(),), (small.contiguous(),)
+    step = Step(weights, smalls, biases, (m1, n1, m2, n2), small_outer, mix_first)
+    return _launched(x, step, many=False)
 
 
 @_decode.register_fake

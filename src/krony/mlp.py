@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from krony import cpu_decode, cpu_kernels, cpu_tiles, products, tensor_rank
+from krony import cpu_decode, cpu_kernels, cpu_tiles, gpu_mlp, kernels, products, tensor_rank
 from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
@@ -41,12 +41,12 @@ class FusedMLP(nn.Module):
         return super().forward(*inputs, **options)
 
     def train(self, mode: bool = True) -> "FusedMLP":
-        if mode:  # it may hold a W of its layers
-            self.__dict__.pop("_tiled", None)
+        if mode:  # these may hold a W of its layers
+            _forget(self)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self.__dict__.pop("_tiled", None)  # it is of the dtype and the device that were
+        _forget(self)  # these are of the dtype and the device that were
         return super()._apply(*arguments, **options)
 
 
@@ -75,8 +75,15 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedMLP):
             module.__class__ = cast(Any, module.original)
-            for kept in ("right", "_prepared", "_tiled"):
+            _forget(module)
+            for kept in ("right", "_prepared"):
                 module.__dict__.pop(kept, None)
+
+
+def _forget(mlp: FusedMLP) -> None:
+    """Drop what was made of its factors."""
+    for kept in ("_tiled", "_steps"):
+        mlp.__dict__.pop(kept, None)
 
 
 def _fused(original: type[nn.Module], parts: Parts) -> type[FusedMLP]:
@@ -138,7 +145,7 @@ def _is_right(mlp: FusedMLP, x: Tensor) -> bool:
     Not by class: in some models a layer's MLP does more than another's.
     """
     if mlp.right is None:
-        if not cpu_kernels.unwatched(x):
+        if torch.compiler.is_compiling() or not cpu_kernels.undisturbed(x):
             return False  # for now
         mlp.right = False  # whatever happens below
         some = x.reshape(-1, x.shape[-1])[:_PROBE]
@@ -153,9 +160,16 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
     """The MLP of x (..., n), or None where its own forward is to be taken."""
     if mlp.training or torch.is_grad_enabled() or not isinstance(x, Tensor):
         return None
-    if not x.is_cpu or not x.numel() or not cpu_kernels.can_take(x) or not _is_right(mlp, x):
+    if not x.numel():
         return None
     parts, modules = mlp.parts, cast(dict[str, nn.Module], mlp._modules)
+    if kernels.can_take(x):
+        if not _is_right(mlp, x) or _kind(modules[parts.activation]) != parts.kind:
+            return None
+        layers = [modules[name] for name in (*parts.ups, parts.down)]
+        return gpu_mlp.run(mlp, layers, parts, x)
+    if not x.is_cpu or not cpu_kernels.can_take(x) or not _is_right(mlp, x):
+        return None
     if _kind(modules[parts.activation]) != parts.kind:  # another one since then
         return None
     made = cpu_decode.run(mlp, x, parts)
