@@ -336,8 +336,8 @@ def launch(x: Tensor, step: Step, y: Tensor, many: bool = False, **sizes: int) -
     tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
     if many:
         sizes = _sizes_of_many(tokens, step, x) | sizes
-        grid = (triton.cdiv(m1, sizes["BLOCK_A"]) * triton.cdiv(tokens, sizes["BLOCK_T"]),)
-        _many[grid](*tensors, tokens, m1, n1, N2=n2, M2=m2, Q=q, **flags, **sizes)
+        programs = triton.cdiv(m1, sizes["BLOCK_A"]) * triton.cdiv(tokens, sizes["BLOCK_T"])
+        _many[programs,](*tensors, tokens, m1, n1, N2=n2, M2=m2, Q=q, **flags, **sizes)
         return
     sizes = _sizes_of_few(tokens, step, x) | sizes
     grid = (triton.cdiv(m1, sizes["BLOCK_A"]), triton.cdiv(tokens, sizes["BLOCK_T"]))
