@@ -14,6 +14,7 @@ rows and b columns of A, c rows and d columns of B. Sums are in float32.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +46,21 @@ def _activation(h, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mixed(  # type: ignore[no-untyped-def]
-    mixing, p, out_t, out_slice, in_t, in_slice, slices_out, slices_in, DOT: tl.constexpr
-):
-    """Rows (t, d) of p [IN, BLOCK_A] to rows (t, c) by mixing (c, d): [OUT, BLOCK_A]."""
-    same = (out_t[:, None] == in_t[None, :]) & (in_slice[None, :] < slices_in)
+def _blocks(mixing, out_t, out_slice, in_t, in_slice, slices_in):  # type: ignore[no-untyped-def]
+    """mixing (c, d), a block of it for each token, as a matrix of rows (t, c) by rows (t, d)."""
     place = out_slice[:, None] * slices_in + in_slice[None, :]
-    matrix = tl.load(mixing + place, same, other=0.0).to(tl.float32)
+    found = tl.load(mixing + place, out_t[:, None] == in_t[None, :], other=0.0)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _times(matrix, p, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """matrix [OUT, IN] times p [IN, BLOCK_A]."""
     if DOT:
-        return tl.dot(matrix, p, input_precision="ieee")
-    return tl.sum(matrix[:, :, None] * p[None, :, :], 1)
+        made = tl.dot(matrix, p, input_precision="ieee")
+    else:
+        made = tl.sum(matrix[:, :, None] * p[None, :, :], 1)
+    return made
 
 
 @triton.jit
@@ -68,8 +74,13 @@ def _few_products(  # type: ignore[no-untyped-def]
     given = in_t < tokens
     x_row = in_t.to(tl.int64) * (n1 * n2) + in_d * x_d
     h = tl.zeros([OUT, BLOCK_A], dtype=tl.float32)
+    if BIAS:  # what is read late is waited for
+        offset = bias + (a * y_a)[None, :] + (out_c * y_c)[:, None]
+        h += tl.load(offset, (a < m1)[None, :], other=0.0).to(tl.float32)
     for r in range(TERMS):
         w_row = a.to(tl.int64) * w_a + r * w_r
+        if MIXED:
+            mixing = _blocks(small + r * m2 * n2, out_t, out_c, in_t, in_d, n2)
         if DOT:
             p = tl.zeros([IN, BLOCK_A], dtype=tl.float32)
         else:
@@ -90,12 +101,9 @@ def _few_products(  # type: ignore[no-untyped-def]
         if not DOT:
             p = tl.sum(p, 2)
         if MIXED:
-            h += _mixed(small + r * m2 * n2, p, out_t, out_c, in_t, in_d, m2, n2, DOT)
+            h += _times(mixing, p, DOT)
         else:
             h += p
-    if BIAS:
-        offset = bias + (a * y_a)[None, :] + (out_c * y_c)[:, None]
-        h += tl.load(offset, (a < m1)[None, :], other=0.0).to(tl.float32)
     return h
 
 
@@ -118,6 +126,13 @@ def _few(  # type: ignore[no-untyped-def]
     in_t = tl.where(in_t < BLOCK_T, first + in_t, tokens)
     out_c, out_t = row % m2, row // m2
     out_t = tl.where(out_t < BLOCK_T, first + out_t, tokens)
+    if INNER:
+        last = tl.arange(0, LAST)
+        last_e, last_t = last % q, last // q
+        last_t = tl.where(last_t < BLOCK_T, first + last_t, tokens)
+        inner_mixing = _blocks(inner, last_t, last_e, out_t, out_c, m2)
+    else:
+        last_e, last_t = out_c, out_t
     h = _few_products(
         x, weight, small, bias, a, in_t, in_d, out_t, out_c, tokens, m1, n1, m2, n2, x_b, x_d, h_a,
         h_c, w_a, w_r, TERMS, IN, OUT, BLOCK_A, BLOCK_B, DOT, DOT_IN, MIXED, BIAS,
@@ -129,23 +144,56 @@ def _few(  # type: ignore[no-untyped-def]
             x_d, h_a, h_c, w_a, w_r, TERMS, IN, OUT, BLOCK_A, BLOCK_B, DOT, DOT_IN, MIXED, BIAS,
         )  # fmt: skip
     if INNER:
-        last = tl.arange(0, LAST)
-        last_e, last_t = last % q, last // q
-        last_t = tl.where(last_t < BLOCK_T, first + last_t, tokens)
-        z = _mixed(inner, h, last_t, last_e, out_t, out_c, q, m2, DOT)
-    else:
-        last_e, last_t = out_c, out_t
-        z = h
+        h = _times(inner_mixing, h, DOT)
     place = (last_t.to(tl.int64) * (m1 * q))[:, None] + (a * y_a)[None, :] + (last_e * y_e)[:, None]
-    tl.store(y + place, z.to(y.dtype.element_ty), (last_t < tokens)[:, None] & (a < m1)[None, :])
+    tl.store(y + place, h.to(y.dtype.element_ty), (last_t < tokens)[:, None] & (a < m1)[None, :])
+
+
+@triton.jit
+def _row(matrix, start, THERE: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """N numbers of a small matrix, four at most; zeros where there are none."""
+    w0, w1, w2, w3 = 0.0, 0.0, 0.0, 0.0
+    if THERE:
+        w0 = tl.load(matrix + start).to(tl.float32)
+        if N > 1:
+            w1 = tl.load(matrix + start + 1).to(tl.float32)
+        if N > 2:
+            w2 = tl.load(matrix + start + 2).to(tl.float32)
+        if N > 3:
+            w3 = tl.load(matrix + start + 3).to(tl.float32)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _rows(matrix, THERE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A small matrix (M, N) by rows."""
+    w0 = _row(matrix, 0, THERE, N)
+    w1 = _row(matrix, N, THERE and M > 1, N)
+    w2 = _row(matrix, 2 * N, THERE and M > 2, N)
+    w3 = _row(matrix, 3 * N, THERE and M > 3, N)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _combined(w, p0, p1, p2, p3, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ_d w_d p_d over N of them."""
+    h = w[0] * p0
+    if N > 1:
+        h += w[1] * p1
+    if N > 2:
+        h += w[2] * p2
+    if N > 3:
+        h += w[3] * p3
+    return h
 
 
 @triton.jit
 def _many_products(  # type: ignore[no-untyped-def]
-    x, weight, t, a, tokens, m1, n1, N2: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr,
+    x, weight, mixing, t, a, tokens, m1, n1, N2: tl.constexpr, M2: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    DOT_IN: tl.constexpr,
 ):  # fmt: skip
-    """p of each slice, [BLOCK_T, BLOCK_A]; those beyond N2 are zero."""
+    """The products of up to four slices, [BLOCK_T, BLOCK_A]: of x's, or FIRST of those mixed."""
     p0 = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
     p1, p2, p3 = p0, p0, p0
     rows = x + (t.to(tl.int64) * (n1 * N2))[:, None]
@@ -156,38 +204,57 @@ def _many_products(  # type: ignore[no-untyped-def]
         place = weight + (a.to(tl.int64) * n1)[None, :] + b[:, None]
         tile = tl.load(place, within, other=0.0).to(DOT_IN)
         part = rows + b[None, :]
-        p0 = tl.dot(tl.load(part, given, other=0.0).to(DOT_IN), tile, p0, input_precision="ieee")
+        x0 = tl.load(part, given, other=0.0)
+        x1, x2, x3 = x0, x0, x0
         if N2 > 1:
-            x1 = tl.load(part + n1, given, other=0.0).to(DOT_IN)
-            p1 = tl.dot(x1, tile, p1, input_precision="ieee")
+            x1 = tl.load(part + n1, given, other=0.0)
         if N2 > 2:
-            x2 = tl.load(part + 2 * n1, given, other=0.0).to(DOT_IN)
-            p2 = tl.dot(x2, tile, p2, input_precision="ieee")
+            x2 = tl.load(part + 2 * n1, given, other=0.0)
         if N2 > 3:
-            x3 = tl.load(part + 3 * n1, given, other=0.0).to(DOT_IN)
-            p3 = tl.dot(x3, tile, p3, input_precision="ieee")
+            x3 = tl.load(part + 3 * n1, given, other=0.0)
+        if FIRST:
+            z0 = _combined(mixing[0], x0, x1, x2, x3, N2)
+            z1, z2, z3 = z0, z0, z0
+            if M2 > 1:
+                z1 = _combined(mixing[1], x0, x1, x2, x3, N2)
+            if M2 > 2:
+                z2 = _combined(mixing[2], x0, x1, x2, x3, N2)
+            if M2 > 3:
+                z3 = _combined(mixing[3], x0, x1, x2, x3, N2)
+        else:
+            z0, z1, z2, z3 = x0, x1, x2, x3
+        p0 = tl.dot(z0.to(DOT_IN), tile, p0, input_precision="ieee")
+        if (M2 if FIRST else N2) > 1:
+            p1 = tl.dot(z1.to(DOT_IN), tile, p1, input_precision="ieee")
+        if (M2 if FIRST else N2) > 2:
+            p2 = tl.dot(z2.to(DOT_IN), tile, p2, input_precision="ieee")
+        if (M2 if FIRST else N2) > 3:
+            p3 = tl.dot(z3.to(DOT_IN), tile, p3, input_precision="ieee")
     return p0, p1, p2, p3
 
 
 @triton.jit
-def _combined(mixing, p0, p1, p2, p3, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Σ_d mixing[d] p_d."""
-    h = tl.load(mixing).to(tl.float32) * p0
-    if N > 1:
-        h += tl.load(mixing + 1).to(tl.float32) * p1
-    if N > 2:
-        h += tl.load(mixing + 2).to(tl.float32) * p2
-    if N > 3:
-        h += tl.load(mixing + 3).to(tl.float32) * p3
-    return h
+def _offsets(bias, a, m1, BIAS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Biases of up to four slices, (1, BLOCK_A) each."""
+    o0, o1, o2, o3 = 0.0, 0.0, 0.0, 0.0
+    if BIAS:
+        o0 = tl.load(bias + a, a < m1, other=0.0).to(tl.float32)[None, :]
+        if M > 1:
+            o1 = tl.load(bias + m1 + a, a < m1, other=0.0).to(tl.float32)[None, :]
+        if M > 2:
+            o2 = tl.load(bias + 2 * m1 + a, a < m1, other=0.0).to(tl.float32)[None, :]
+        if M > 3:
+            o3 = tl.load(bias + 3 * m1 + a, a < m1, other=0.0).to(tl.float32)[None, :]
+    return o0, o1, o2, o3
 
 
 @triton.jit
 def _many(  # type: ignore[no-untyped-def]
     x, weight, small, bias, weight_2, small_2, bias_2, inner, y, tokens, m1, n1,
     N2: tl.constexpr, M2: tl.constexpr, Q: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr, MIXED: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr, FIRST: tl.constexpr,
+    MIXED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """Many tokens, one term, slices that lie apart: each slice is a tile of its own."""
     # Programs that share inputs or weights run side by side, and find them in the cache.
@@ -197,54 +264,43 @@ def _many(  # type: ignore[no-untyped-def]
     height = tl.minimum(down - group * 8, 8)
     t = (group * 8 + number % height) * BLOCK_T + tl.arange(0, BLOCK_T)
     a = (number % (8 * across)) // height * BLOCK_A + tl.arange(0, BLOCK_A)
-    p0, p1, p2, p3 = _many_products(
-        x, weight, t, a, tokens, m1, n1, N2, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
+    # What is read late is waited for.
+    mixing = _rows(small, MIXED, M2, N2)
+    mixing_2 = _rows(small_2, MIXED and GATED, M2, N2)
+    weights = _rows(inner, INNER, Q, M2)
+    offsets = _offsets(bias, a, m1, BIAS, M2)
+    offsets_2 = _offsets(bias_2, a, m1, BIAS and GATED, M2)
+    p = _many_products(
+        x, weight, mixing, t, a, tokens, m1, n1, N2, M2, FIRST, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
     )
-    g0, g1, g2, g3 = p0, p1, p2, p3
+    g = p
     if GATED:
-        g0, g1, g2, g3 = _many_products(
-            x, weight_2, t, a, tokens, m1, n1, N2, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
-        )
+        g = _many_products(
+            x, weight_2, mixing_2, t, a, tokens, m1, n1, N2, M2, FIRST, BLOCK_T, BLOCK_A, BLOCK_B,
+            DOT_IN,
+        )  # fmt: skip
     here = (t < tokens)[:, None] & (a < m1)[None, :]
     places = y + (t.to(tl.int64) * (m1 * Q))[:, None] + a[None, :]
     z0 = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
     z1, z2, z3 = z0, z0, z0
     for c in tl.static_range(M2):
-        if MIXED:
-            h = _combined(small + c * N2, p0, p1, p2, p3, N2)
-        elif c == 0:
-            h = p0
-        elif c == 1:
-            h = p1
-        elif c == 2:
-            h = p2
-        else:
-            h = p3
-        if BIAS:
-            h += tl.load(bias + c * m1 + a, a < m1, other=0.0).to(tl.float32)[None, :]
-        h = _activation(h, KIND)
+        h = p[c]
+        if MIXED and not FIRST:
+            h = _combined(mixing[c], p[0], p[1], p[2], p[3], N2)
+        h = _activation(h + offsets[c], KIND)
         if GATED:
-            if MIXED:
-                g = _combined(small_2 + c * N2, g0, g1, g2, g3, N2)
-            elif c == 0:
-                g = g0
-            elif c == 1:
-                g = g1
-            elif c == 2:
-                g = g2
-            else:
-                g = g3
-            if BIAS:
-                g += tl.load(bias_2 + c * m1 + a, a < m1, other=0.0).to(tl.float32)[None, :]
-            h *= g
+            other = g[c]
+            if MIXED and not FIRST:
+                other = _combined(mixing_2[c], g[0], g[1], g[2], g[3], N2)
+            h *= other + offsets_2[c]
         if INNER:
-            z0 += tl.load(inner + c).to(tl.float32) * h
+            z0 += weights[0][c] * h
             if Q > 1:
-                z1 += tl.load(inner + M2 + c).to(tl.float32) * h
+                z1 += weights[1][c] * h
             if Q > 2:
-                z2 += tl.load(inner + 2 * M2 + c).to(tl.float32) * h
+                z2 += weights[2][c] * h
             if Q > 3:
-                z3 += tl.load(inner + 3 * M2 + c).to(tl.float32) * h
+                z3 += weights[3][c] * h
         else:
             tl.store(places + c * m1, h.to(y.dtype.element_ty), here)
     if INNER:
@@ -310,60 +366,87 @@ def _dot_dtype(x: Tensor) -> Any:
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
+# Compiled kernels with their grids, and the numbers that follow the tensors. Triton's own way to
+# one, through all of the arguments, takes several times as long as the kernel.
+_KNOWN: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+
+
 def launch(x: Tensor, step: Step, y: Tensor, many: bool = False, **sizes: int) -> None:
     """Fill y (T, q·m1) with what a step makes of x (T, n), in one launch.
 
     Args:
-        x, y, and the step's tensors: contiguous, of one dtype.
+        x, y, and the step's tensors: contiguous, of one dtype, on the current device.
         many: by `_many`, which `takes_many` says it knows.
         sizes: of blocks, `num_warps` and `num_stages`, instead of those chosen here.
     """
     weight, *second = step.weights
-    smalls, biases = step.smalls or (x,) * 2, step.biases or (x,) * 2
-    inner = x if step.inner is None else step.inner
-    tensors = (
-        x, weight, smalls[0], biases[0], second[0] if second else x, smalls[-1], biases[-1], inner,
-        y,
-    )  # fmt: skip
-    flags = {
-        "DOT_IN": _dot_dtype(x),
-        "MIXED": bool(step.smalls),
-        "BIAS": bool(step.biases),
-        "GATED": bool(second),
-        "KIND": step.kind,
-        "INNER": step.inner is not None,
-    }
-    tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
-    if many:
-        sizes = _sizes_of_many(tokens, step, x) | sizes
-        programs = triton.cdiv(m1, sizes["BLOCK_A"]) * triton.cdiv(tokens, sizes["BLOCK_T"])
-        _many[programs,](*tensors, tokens, m1, n1, N2=n2, M2=m2, Q=q, **flags, **sizes)
+    small, *small_2 = step.smalls or (weight,)
+    bias, *bias_2 = step.biases or (weight,)
+    # What is not there is not read.
+    others = (*second, weight)[0], (*small_2, weight)[0], (*bias_2, weight)[0]
+    inner = weight if step.inner is None else step.inner
+    tensors = (x, weight, small, bias, *others, inner, y)
+    given = bool(step.smalls), bool(step.biases), bool(second), step.inner is not None
+    order = step.small_outer, step.mix_first
+    key = (many, len(x), step.sides, step.terms, *order, step.kind, step.slices, *given, x.dtype)
+    key = (*key, x.device.index)
+    # Compiled for addresses that are multiples of 16.
+    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    if not sizes and aligned and (known := _KNOWN.get(key)) is not None:
+        known[0](*tensors, *known[1])
         return
-    sizes = _sizes_of_few(tokens, step, x) | sizes
-    grid = (triton.cdiv(m1, sizes["BLOCK_A"]), triton.cdiv(tokens, sizes["BLOCK_T"]))
+    kernel, grid, numbers, options = (_of_many if many else _of_few)(x, step, sizes)
+    compiled: Any = kernel[grid](*tensors, *numbers, **options)
+    if not sizes and aligned and not INTERPRETED:
+        _KNOWN[key] = compiled[grid], numbers
+
+
+_Launch = tuple[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]]
+
+
+def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
+    tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
+    block_t = max(1, min(tokens, MOST_ROWS // max(m2, n2, q)))
+    rows = [triton.next_power_of_2(block_t * side) for side in (n2, m2, q)]
+    dot = given.get("DOT", rows[0] > BY_ELEMENT)
+    # Measured on an H200 (docs/gpu.md). Few rows of A for a program, so that a matrix of a few
+    # hundred fills the GPU, and as much of each as there is, so that all is asked for at once.
+    wide = max(triton.next_power_of_2(n1), SMALLEST_DOT)
+    if dot:
+        rows = [max(side, SMALLEST_DOT) for side in rows]
+        block_a, block_b = SMALLEST_DOT, min(wide, 512 if n1 > 1024 else 256)
+        if x.dtype == torch.float32:
+            block_b = min(wide, 64)
+        warps = 2 if max(m2, n2) == 1 and n1 <= 1024 else 4
+    else:
+        block_a, block_b = 2, min(wide, 2048 if rows[0] <= 2 else 1024)
+        if x.dtype == torch.float32:
+            block_b = min(wide, 1024)
+        warps = 1 if block_b * rows[0] <= 1024 else 4
+    block_a, block_b = given.get("BLOCK_A", block_a), given.get("BLOCK_B", block_b)
     strides = (1, n1, 1, m1, 1, m1) if step.small_outer else (n2, 1, m2, 1, q, 1)
     terms = step.terms
     of_weight = (terms * n1, n1) if step.mix_first else (n1, m1 * n1)
-    _few[grid](
-        *tensors, tokens, m1, n1, m2, n2, q, *strides, *of_weight, TERMS=terms, **flags, **sizes
+    numbers = (
+        *(tokens, m1, n1, m2, n2, q, *strides, *of_weight),
+        *(terms, block_t, *rows, block_a, block_b, dot, _dot_dtype(x), bool(step.smalls)),
+        *(bool(step.biases), len(step.weights) > 1, step.kind, step.inner is not None),
     )
+    grid = triton.cdiv(m1, block_a), triton.cdiv(tokens, block_t), 1
+    return _few, grid, numbers, {"num_warps": given.get("num_warps", warps)}
 
 
-def _sizes_of_few(tokens: int, step: Step, x: Tensor) -> dict[str, Any]:
-    _, n1, m2, n2 = step.sides
-    block_t = max(1, min(tokens, MOST_ROWS // max(m2, n2, step.slices)))
-    rows = [triton.next_power_of_2(block_t * side) for side in (n2, m2, step.slices)]
-    dot = max(rows) > BY_ELEMENT
-    sizes: dict[str, Any] = {"BLOCK_T": block_t, "DOT": dot}
-    if dot:
-        rows = [max(r, SMALLEST_DOT) for r in rows]
-        sizes |= {"BLOCK_A": SMALLEST_DOT, "BLOCK_B": 64 if x.dtype == torch.float32 else 128}
-    else:
-        # Few rows a program: a matrix of a few hundred rows still fills a GPU with programs.
-        wide = triton.next_power_of_2(n1)
-        sizes |= {"BLOCK_A": 2, "BLOCK_B": min(max(wide, SMALLEST_DOT), 512), "num_warps": 1}
-    return sizes | dict(zip(("IN", "OUT", "LAST"), rows, strict=True))
-
-
-def _sizes_of_many(tokens: int, step: Step, x: Tensor) -> dict[str, Any]:
-    return {"BLOCK_T": 64, "BLOCK_A": 64, "BLOCK_B": 64, "num_warps": 4, "num_stages": 4}
+def _of_many(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
+    tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
+    large = tokens * m1 * n2 >= 2**22
+    sizes = {"BLOCK_T": 64, "BLOCK_A": 64 if large else 32, "BLOCK_B": 64}
+    sizes |= {"num_warps": 4, "num_stages": 4} | given
+    block_t, block_a, block_b = (sizes.pop(name) for name in ("BLOCK_T", "BLOCK_A", "BLOCK_B"))
+    mixed = bool(step.smalls)
+    numbers = (
+        *(tokens, m1, n1, n2, m2, q, block_t, block_a, block_b, _dot_dtype(x)),
+        *(mixed and m2 < n2, mixed, bool(step.biases), len(step.weights) > 1, step.kind),
+        step.inner is not None,
+    )
+    grid = triton.cdiv(m1, block_a) * triton.cdiv(tokens, block_t), 1, 1
+    return _many, grid, numbers, sizes
