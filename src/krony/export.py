@@ -230,7 +230,9 @@ def self_contained(
         modules = _needed("modeling")
         for module in modules:
             (folder / f"krony_{module}.py").write_text(_detached(module), encoding="utf-8")
-        imports = "\n".join(f"from .krony_{m} import __doc__ as _{m}" for m in sorted(modules))
+        imports = "\n".join(
+            f"from .krony_{m} import __doc__ as _{m}" for m in sorted(modules - {_TRITON})
+        )
         code = _MODEL.format(name=name, imports=imports)
         (folder / "modeling_krony.py").write_text(code, encoding="utf-8")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -248,7 +250,7 @@ registers the loader, which puts the factored layers in place from config.json.
 
 import transformers
 
-# All of them by name: transformers copies the files that are imported in this form.
+# By name: transformers copies the files that are imported in this form.
 {imports}
 
 
@@ -261,11 +263,14 @@ class {name}(transformers.{name}):
         return False
 '''
 _FILE = re.compile(r"Path\(__file__\)\.with_name\(\"(.+)\"\)\.read_text\(encoding=\"utf-8\"\)")
-_IMPORT = re.compile(r"^from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
+_IMPORT = re.compile(r"^( *)from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
+
+
+_TRITON = "triton_kernels"  # imported at its first use, and only where Triton is
 
 
 def _source(module: str) -> str:
-    return inspect.getsource(importlib.import_module(f"krony.{module}"))
+    return Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
 
 
 def _needed(module: str) -> set[str]:
@@ -276,7 +281,7 @@ def _needed(module: str) -> set[str]:
         if name in found:
             continue
         found.add(name)
-        for inner, names in _IMPORT.findall(_source(name)):
+        for _, inner, names in _IMPORT.findall(_source(name)):
             waiting += [inner] if inner else re.findall(r"\w+", names)
     return found
 
@@ -285,9 +290,9 @@ def _detached(module: str) -> str:
     """A module's source with relative imports, without scipy, and with the text of files in it."""
 
     def relative(match: re.Match[str]) -> str:
-        inner, names = match.groups()
+        indent, inner, names = match.groups()
         if inner:
-            return f"from .krony_{inner} import {names}"
+            return f"{indent}from .krony_{inner} import {names}"
         return "\n".join(f"from . import krony_{n} as {n}" for n in re.findall(r"\w+", names))
 
     # Only new factors need scipy, which such a directory never makes.

@@ -7,10 +7,12 @@ dtype of the kernels, and many in half precision.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony import kernels
+from krony import kernels, kron, products
 from krony.cpu_decode import Parts
+from krony.kernels import Step
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
 from krony.watched import Watched
 
@@ -23,6 +25,7 @@ class Steps(Watched):
 
     Args:
         mlp: the module. layers: those that write the hidden axis, then the one that reads it.
+        kind: of the activation, as cpu_kernels numbers them.
     """
 
     def __init__(self, mlp: nn.Module, layers: list[Any], kind: int) -> None:
@@ -33,15 +36,15 @@ class Steps(Watched):
             self.tensor(layer, "bias")
             self.factors(layer)
         # These don't count their changes.
-        self.lasting = not any(tensor.is_inference() for tensor in self.tensors)
-        if self.lasting:
+        self._lasting = not any(tensor.is_inference() for tensor in self.tensors)
+        if self._lasting:
             self.numbers()
         self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
-        self.steps = steps(layers, kind)
+        self.steps = None if any(self._hooks) else steps(layers, kind)
 
     def unchanged(self) -> bool:
         """Whether factors and biases have the numbers that they had."""
-        if not self.lasting or not super().unchanged():
+        if not self._lasting or not super().unchanged():
             return False
         return all(layer.formed() is weight for layer, weight in self._formed)
 
@@ -54,7 +57,7 @@ def run(mlp: Any, layers: list[Any], parts: Parts, x: Tensor) -> Tensor | None:
     """
     tokens = x.numel() // x.shape[-1]
     many = tokens > kernels.MAX_TOKENS
-    if not tokens or (many and x.dtype.itemsize != 2):
+    if many and x.dtype.itemsize != 2:
         return None
     if torch.compiler.is_compiling():
         if any(map(is_hooked, (*layers, mlp._modules[parts.activation]))):
@@ -65,35 +68,47 @@ def run(mlp: Any, layers: list[Any], parts: Parts, x: Tensor) -> Tensor | None:
         if kept is None or not kept.unchanged():
             mlp.__dict__["_steps"] = None  # what it was goes first
             kept = mlp.__dict__["_steps"] = Steps(mlp, layers, parts.kind)
-            if any(kept._hooks):
-                return None
         made = kept.steps
     if made is None or not all(_is_for(step, x, many) for step in made):
         return None
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     for step in made:
-        x = kernels.run_step(x, step, many)
+        x = kernels.run_step(x, step, many) if step.kind or not many else by_blas(x, step)
     return x.reshape(*lead, x.shape[-1])
 
 
-def _is_for(step: Any, x: Tensor, many: bool) -> bool:
-    from krony.triton_kernels import takes_many
-
-    held = (*step.weights, *step.biases)
-    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in held):
+def _is_for(step: Step, x: Tensor, many: bool) -> bool:
+    weight = step.weights[0]
+    if weight.dtype != x.dtype or weight.device != x.device:
         return False
-    return not many or takes_many(step)
+    return not many or (step.takes_many if step.kind else step.terms == 1)
 
 
-def steps(layers: list[Any], kind: int) -> list[Any] | None:
+def by_blas(x: Tensor, step: Step) -> Tensor:
+    """What a step without an activation makes of many tokens (T, n).
+
+    Without one there is nothing to fuse but the bias, and cuBLAS is the better of the two.
+    """
+    (weight,), (m1, n1, m2, n2) = step.weights, step.sides
+    bias = step.biases[0] if step.biases else None
+    if n2 == m2 == 1 and not step.smalls:
+        return F.linear(x, weight, bias)
+    layout: kron.Layout = "small-outer" if step.small_outer else "large-outer"
+    if step.smalls:
+        sides = (m1, n1), layout, step.mix_first
+        return products.apply(x, step.smalls[0], weight, *sides, bias)
+    rows = F.linear(products.to_slices(x, (-1, n2, n1), layout).reshape(-1, n1), weight)
+    y = products.from_slices(rows.view(-1, n2, m1), x.shape[:-1], layout)
+    return y if bias is None else products.add(y, bias)
+
+
+def steps(layers: list[Any], kind: int) -> list[Step] | None:
     """The launches of an MLP, or None where the kernels don't know one of its matrices.
 
     Args:
         layers: those that write the hidden axis, then the one that reads it.
         kind: of the activation, as cpu_kernels numbers them.
     """
-    from krony.triton_kernels import Step
-
     found = [_stages(layer) for layer in layers]
     if any(stages is None for stages in found):
         return None
@@ -126,7 +141,9 @@ def steps(layers: list[Any], kind: int) -> list[Any] | None:
         made.append(Step((entering[0],), _given(entering[1]), (), *entering[2:]))
     offset = _given(layers[-1].bias)
     made.append(Step((leaving[0],), _given(leaving[1]), offset, *leaving[2:]))
-    return made
+    held = [tensor for step in made for tensor in (*step.weights, *step.smalls, *step.biases)]
+    alike = len({(tensor.dtype, tensor.device) for tensor in held}) == 1
+    return made if alike else None
 
 
 def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -8,6 +8,8 @@ Triton is imported at the first call, never with krony.
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,12 +23,61 @@ MAX_TOKENS = 16
 # Larger small factors are mixed anew by too many programs; low rank above all, whose "small" factor
 # is as large as the large one.
 MAX_SIDE, MAX_ENTRIES = 16, 1024
+# Slices that the kernel for many tokens holds, each in a tile of its own.
+MOST_SLICES = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 run_many = tensor_rank.run  # the counterpart of `run` for many tokens
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one launch does: the formulas of triton_kernels.py.
+
+    Attributes:
+        weights: A, as `kron.large_to_linear` lays it out, of one matrix, or of the gate and the
+            other. smalls: B (R, m2, n2) of each, or none: its one term's slices are not mixed.
+            biases: (m,) of each, or none.
+        sides: (m1, n1, m2, n2) of the matrices. Unmixed, m2 = n2.
+        small_outer, mix_first: `KroneckerGroup`'s.
+        kind: of the activation, as cpu_kernels numbers them.
+        inner: C (q, m2), or None.
+    """
+
+    weights: tuple[Tensor, ...]
+    smalls: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    sides: tuple[int, int, int, int]
+    small_outer: bool = True
+    mix_first: bool = True
+    kind: int = 0
+    inner: Tensor | None = None
+
+    @property
+    def terms(self) -> int:
+        """R."""
+        return len(self.smalls[0]) if self.smalls else 1
+
+    @property
+    def slices(self) -> int:
+        """q, of the outputs."""
+        return self.sides[2] if self.inner is None else len(self.inner)
+
+    @property
+    def outputs(self) -> int:
+        """q·m1, of a token."""
+        return self.slices * self.sides[0]
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether there is a kernel for many tokens: one term, few slices, which lie apart."""
+        _, _, m2, n2 = self.sides
+        most = max(m2, n2 * len(self.weights), self.slices)
+        apart = self.small_outer or m2 == n2 == 1
+        return most <= MOST_SLICES and self.terms == 1 and apart
 
 
 def run(group: Any, x: Tensor) -> Tensor | None:
@@ -86,8 +137,13 @@ def can_take(x: Tensor) -> bool:
 def _runs_on(kind: str, index: int | None) -> bool:
     if kind == "cuda":
         # Triton's bfloat16 needs compute capability 8; float16 alone is not worth a rule.
-        return torch.cuda.get_device_capability(index)[0] >= 8
+        return _capability(index) >= 8
     return kind == "cpu" and _INTERPRETED
+
+
+@lru_cache
+def _capability(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]  # takes longer than a kernel
 
 
 def decode(
@@ -115,11 +171,11 @@ def decode(
     return y.reshape(*lead, y.shape[-1])
 
 
-def run_step(x: Tensor, step: Any, many: bool) -> Tensor:
-    """What a `triton_kernels.Step` makes of x (T, n): (T, q·m1), no gradients.
+def run_step(x: Tensor, step: Step, many: bool) -> Tensor:
+    """What a step makes of x (T, n): (T, q·m1), no gradients.
 
     Args:
-        many: see `triton_kernels.launch`.
+        many: by the kernel for many tokens, where the step `takes_many`.
     """
     if not torch.compiler.is_compiling():  # the way through the dispatcher takes longer
         return _launched(x, step, many)
@@ -127,12 +183,15 @@ def run_step(x: Tensor, step: Any, many: bool) -> Tensor:
     return _step(x, step.weights, step.smalls, step.biases, step.inner, *options)
 
 
-def _launched(x: Tensor, step: Any, many: bool) -> Tensor:
+def _launched(x: Tensor, step: Step, many: bool) -> Tensor:
     from krony.triton_kernels import launch
 
-    y = x.new_empty(len(x), step.outputs)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        launch(x.contiguous(), step, y, many)
+    x, y = x.contiguous(), x.new_empty(len(x), step.outputs)
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        launch(x, step, y, many)
+    else:  # Triton launches on the current device
+        with torch.cuda.device(x.device):
+            launch(x, step, y, many)
     return y
 
 
@@ -142,8 +201,6 @@ def _step(
     inner: Tensor | None, sides: Sequence[int], small_outer: bool, mix_first: bool, kind: int,
     many: bool,
 ) -> Tensor:  # fmt: skip
-    from krony.triton_kernels import Step
-
     m1, n1, m2, n2 = sides
     held = tuple(weights), tuple(smalls), tuple(biases)
     step = Step(*held, (m1, n1, m2, n2), small_outer, mix_first, kind, inner)
@@ -161,8 +218,6 @@ def _decode(
     x: Tensor, small: Tensor, weight: Tensor, bias: Tensor | None, m1: int, n1: int,
     small_outer: bool, mix_first: bool,
 ) -> Tensor:  # fmt: skip
-    from krony.triton_kernels import Step
-
     biases = () if bias is None else (bias.contiguous(),)
     _, m2, n2 = small.shape
     weights, smalls = (weight.contiguous(),), (small.contiguous(),)

@@ -15,13 +15,14 @@ rows and b columns of A, c rows and d columns of B. Sums are in float32.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from krony.kernels import Step
 
 # The smallest side of a tile that the matrix units take.
 SMALLEST_DOT = 16
@@ -30,8 +31,6 @@ SMALLEST_DOT = 16
 BY_ELEMENT = 4
 # Rows that one program of `_few` holds in registers.
 MOST_ROWS = 64
-# Slices that `_many` holds, each in a tile of its own.
-MOST_SLICES = 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -313,52 +312,6 @@ def _many(  # type: ignore[no-untyped-def]
             tl.store(places + 3 * m1, z3.to(y.dtype.element_ty), here)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one launch does: the formulas above.
-
-    Attributes:
-        weights: A, as `kron.large_to_linear` lays it out, of one matrix, or of the gate and the
-            other. smalls: B (R, m2, n2) of each, or none: its one term's slices are not mixed.
-            biases: (m,) of each, or none.
-        sides: (m1, n1, m2, n2) of the matrices. Unmixed, m2 = n2.
-        small_outer, mix_first: `KroneckerGroup`'s.
-        kind: of the activation, as cpu_kernels numbers them.
-        inner: C (q, m2), or None.
-    """
-
-    weights: tuple[Tensor, ...]
-    smalls: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    sides: tuple[int, int, int, int]
-    small_outer: bool = True
-    mix_first: bool = True
-    kind: int = 0
-    inner: Tensor | None = None
-
-    @property
-    def terms(self) -> int:
-        """R."""
-        return len(self.smalls[0]) if self.smalls else 1
-
-    @property
-    def slices(self) -> int:
-        """q, of the outputs."""
-        return self.sides[2] if self.inner is None else len(self.inner)
-
-    @property
-    def outputs(self) -> int:
-        """q·m1, of a token."""
-        return self.slices * self.sides[0]
-
-
-def takes_many(step: Step) -> bool:
-    """Whether `_many` knows a step: one term, few slices, which lie apart."""
-    _, _, m2, n2 = step.sides
-    most = max(m2, n2 * len(step.weights), step.slices)
-    return most <= MOST_SLICES and step.terms == 1 and (step.small_outer or m2 == n2 == 1)
-
-
 def _dot_dtype(x: Tensor) -> Any:
     # The interpreter computes with numpy, which has no bfloat16.
     if INTERPRETED and x.dtype == torch.bfloat16:
@@ -388,8 +341,8 @@ def launch(x: Tensor, step: Step, y: Tensor, many: bool = False, **sizes: int) -
     tensors = (x, weight, small, bias, *others, inner, y)
     given = bool(step.smalls), bool(step.biases), bool(second), step.inner is not None
     order = step.small_outer, step.mix_first
-    key = (many, len(x), step.sides, step.terms, *order, step.kind, step.slices, *given, x.dtype)
-    key = (*key, x.device.index)
+    shape = len(x), step.sides, step.terms, step.slices
+    key = (many, *shape, *order, step.kind, *given, x.dtype, x.device.index)
     # Compiled for addresses that are multiples of 16.
     aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
     if not sizes and aligned and (known := _KNOWN.get(key)) is not None:
