@@ -187,7 +187,8 @@ def saved(tmp_path_factory):
 
 def test_command(quick, saved, run, tmp_path):
     threads = torch.get_num_threads()
-    command = ["bench", saved / "small", "--against", saved / "dense", "--threads", 2]
+    command = ["bench", saved / "small", "--against", saved / "dense"]
+    command += ["--threads", 2, "--device", "cpu"]
     code, out, err = run(*command, "--seed", 5, "--json", tmp_path / "b.json")
     assert code == 0, err
     record = json.loads((tmp_path / "b.json").read_text())

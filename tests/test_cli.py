@@ -73,6 +73,8 @@ def test_evaluate_against(compressed, run, tmp_path):
         text,
         "--window",
         64,
+        "--device",
+        "cpu",
         "--json",
         record,
     )

@@ -17,7 +17,12 @@ LAUNCHED = str(Path(__file__).parent / "launched.py")
 ALONE = [sys.executable, LAUNCHED]
 TWO = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 TWO += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", LAUNCHED]
-CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CPU = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 FSDP2 = {
     "PRETEND_GPUS": "1",
     "ACCELERATE_USE_FSDP": "true",

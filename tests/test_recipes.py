@@ -28,6 +28,13 @@ TOY = {
 CELLS = ["dense", "81M van-loan-scaled", "81M budget", "96M layers dropped"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Two training files and a held-out one, each of several documents."""
