@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -70,6 +70,25 @@ class Step:
     def outputs(self) -> int:
         """q·m1, of a token."""
         return self.slices * self.sides[0]
+
+    @cached_property
+    def held(self) -> tuple[Tensor, ...]:
+        """A, B, bias, those of the other, C: what is not there, and not read, is A."""
+        (a, *a_2), inner = self.weights, self.inner
+        b, *b_2 = self.smalls or (a,)
+        bias, *bias_2 = self.biases or (a,)
+        others = (*a_2, a)[0], (*b_2, a)[0], (*bias_2, a)[0]
+        return a, b, bias, *others, a if inner is None else inner
+
+    @cached_property
+    def key(self) -> tuple[Any, ...] | None:
+        """What a compiled kernel depends on; None where an address is no multiple of 16."""
+        if any(tensor.data_ptr() % 16 for tensor in self.held):
+            return None
+        there = bool(self.smalls), bool(self.biases), len(self.weights), self.inner is not None
+        order, weight = (self.small_outer, self.mix_first), self.weights[0]
+        where = weight.dtype, weight.device
+        return (self.sides, self.terms, self.slices, *order, self.kind, *there, *where)
 
     @property
     def takes_many(self) -> bool:
@@ -186,7 +205,7 @@ def run_step(x: Tensor, step: Step, many: bool) -> Tensor:
 def _launched(x: Tensor, step: Step, many: bool) -> Tensor:
     from krony.triton_kernels import launch
 
-    x, y = x.contiguous(), x.new_empty(len(x), step.outputs)
+    x, y = x.contiguous(), x.new_empty(x.shape[0], step.outputs)
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         launch(x, step, y, many)
     else:  # Triton launches on the current device

@@ -332,26 +332,15 @@ def launch(x: Tensor, step: Step, y: Tensor, many: bool = False, **sizes: int) -
         many: by `_many`, which `takes_many` says it knows.
         sizes: of blocks, `num_warps` and `num_stages`, instead of those chosen here.
     """
-    weight, *second = step.weights
-    small, *small_2 = step.smalls or (weight,)
-    bias, *bias_2 = step.biases or (weight,)
-    # What is not there is not read.
-    others = (*second, weight)[0], (*small_2, weight)[0], (*bias_2, weight)[0]
-    inner = weight if step.inner is None else step.inner
-    tensors = (x, weight, small, bias, *others, inner, y)
-    given = bool(step.smalls), bool(step.biases), bool(second), step.inner is not None
-    order = step.small_outer, step.mix_first
-    shape = len(x), step.sides, step.terms, step.slices
-    key = (many, *shape, *order, step.kind, *given, x.dtype, x.device.index)
-    # Compiled for addresses that are multiples of 16.
-    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
-    if not sizes and aligned and (known := _KNOWN.get(key)) is not None:
-        known[0](*tensors, *known[1])
+    known = None if sizes or x.data_ptr() % 16 else (many, x.shape[0], step.key)
+    if known in _KNOWN:
+        run, numbers = _KNOWN[known]
+        run(x, *step.held, y, *numbers)
         return
     kernel, grid, numbers, options = (_of_many if many else _of_few)(x, step, sizes)
-    compiled: Any = kernel[grid](*tensors, *numbers, **options)
-    if not sizes and aligned and not INTERPRETED:
-        _KNOWN[key] = compiled[grid], numbers
+    compiled: Any = kernel[grid](x, *step.held, y, *numbers, **options)
+    if known is not None and step.key is not None and not INTERPRETED:
+        _KNOWN[known] = compiled[grid], numbers
 
 
 _Launch = tuple[Any, tuple[int, int, int], tuple[Any, ...], dict[str, int]]
