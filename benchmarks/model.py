@@ -98,7 +98,8 @@ def workloads(arguments: argparse.Namespace, device: torch.device) -> list[bench
     ids = torch.randint(50_257, (1, longest), generator=generator).to(device)
     prompt = ids[:, : bench.PROMPT]
     decodes = [bench.decode(prompt, arguments.new, r) for r in ("bare loop", "generate")]
-    decodes += [bench.decode(prompt.repeat(bench.BATCHES[-1], 1), arguments.new, "bare loop")]
+    if not arguments.batch_1:
+        decodes += [bench.decode(prompt.repeat(bench.BATCHES[-1], 1), arguments.new, "bare loop")]
     return [*decodes, *(bench.prefill(ids[:, :length]) for length in arguments.prefill)]
 
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--compile", action="store_true", help="the bare loop's steps")
+    parser.add_argument("--batch-1", action="store_true", help="leave out the decode of 8 rows")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))

@@ -73,7 +73,7 @@ def run(mlp: Any, layers: list[Any], parts: Parts, x: Tensor) -> Tensor | None:
         return None
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     for step in made:
-        x = kernels.run_step(x, step, many) if step.kind or not many else by_blas(x, step)
+        x = kernels.run_step(x, step, many) if _fuses(step) or not many else by_blas(x, step)
     return x.reshape(*lead, x.shape[-1])
 
 
@@ -81,14 +81,17 @@ def _is_for(step: Step, x: Tensor, many: bool) -> bool:
     weight = step.weights[0]
     if weight.dtype != x.dtype or weight.device != x.device:
         return False
-    return not many or (step.takes_many if step.kind else step.terms == 1)
+    return not many or not _fuses(step) or step.takes_many
+
+
+def _fuses(step: Step) -> bool:
+    """Whether there is more than a bias to fuse with a product of many tokens."""
+    return step.kind > 0 or step.terms > 1
 
 
 def by_blas(x: Tensor, step: Step) -> Tensor:
-    """What a step without an activation makes of many tokens (T, n).
-
-    Without one there is nothing to fuse but the bias, and cuBLAS is the better of the two.
-    """
+    """What a step makes of many tokens (T, n) that is one large product, one term, and a bias:
+    cuBLAS is the better one there."""
     (weight,), (m1, n1, m2, n2) = step.weights, step.sides
     bias = step.biases[0] if step.biases else None
     if n2 == m2 == 1 and not step.smalls:

@@ -92,11 +92,11 @@ class Step:
 
     @property
     def takes_many(self) -> bool:
-        """Whether there is a kernel for many tokens: one term, few slices, which lie apart."""
+        """Whether there is a kernel for many tokens: few slices, which lie apart."""
         _, _, m2, n2 = self.sides
         most = max(m2, n2 * len(self.weights), self.slices)
         apart = self.small_outer or m2 == n2 == 1
-        return most <= MOST_SLICES and self.terms == 1 and apart
+        return most <= MOST_SLICES and apart
 
 
 def run(group: Any, x: Tensor) -> Tensor | None:

@@ -5,17 +5,22 @@ two is what `generate` itself takes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from krony.errors import KronyError
 from krony.families import cache_name
 from krony.modeling import form
 from krony.roofline import timed
+
+# A step, the tokens (b, 1) that it reads and writes, the cache that it adds to.
+_Recorded = tuple["torch.cuda.CUDAGraph", Tensor, Cache]
 
 
 class Runner:
@@ -23,9 +28,9 @@ class Runner:
 
     Args:
         model: in evaluation mode. Its generation settings are replaced: greedy, never stopping.
-        compiled: whether a step of the bare loop runs through `torch.compile`, with CUDA graphs on
-            a GPU, over a static cache; the prefill and `generate` stay as they are. Layers that
-            keep W get it instead of their factors (`modeling.form`).
+        compiled: whether a step of the bare loop runs through `torch.compile` over a static cache,
+            and on a GPU as one CUDA graph, which no Python is run for; the prefill and `generate`
+            stay as they are. Layers that keep W get it instead of their factors (`modeling.form`).
     Attributes:
         compile_seconds: spent on first steps so far.
     """
@@ -34,6 +39,7 @@ class Runner:
         self.model, self.device, self.compiled = model, model.device, compiled
         self.compile_seconds = 0.0
         self._seen: set[tuple[int, ...]] = set()
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         if compiled:
             form(model)
@@ -49,11 +55,13 @@ class Runner:
         Raises:
             KronyError: torch.compile can't compile the model here.
         """
-        length = ids.shape[1] + new
         config = self.model.config
         cache: Cache = DynamicCache(config=config)
         if self.compiled:
-            cache = StaticCache(config, max_cache_len=length)
+            cache = StaticCache(config, max_cache_len=ids.shape[1] + new)
+            # Others count their tokens in Python, where a graph would not.
+            if ids.is_cuda and all(type(layer) is StaticLayer for layer in cache.layers):
+                return self._replayed(ids, new, cache)
         token = self._next(self.model.forward, ids, cache)
         made: list[Tensor] = []
 
@@ -66,21 +74,58 @@ class Runner:
         key = (*ids.shape, new)
         if self.compiled and key not in self._seen:
             self._seen.add(key)
-            begun = time.perf_counter()
-            try:
+            with self._compiling():
                 steps()
-            except torch._dynamo.exc.TorchDynamoException as error:
-                first = str(error).strip().splitlines()[0]
-                raise KronyError(
-                    f"torch.compile can't compile this model here ({first}); leave out --compile"
-                ) from error
-            self.compile_seconds += time.perf_counter() - begun
             return self.loop(ids, new)
         return timed(steps, self.device), torch.cat(made, 1)
 
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = str(error).strip().splitlines()[0]
+            raise KronyError(
+                f"torch.compile can't compile this model here ({first}); leave out --compile"
+            ) from error
+        self.compile_seconds += time.perf_counter() - begun
+
+    def _replayed(self, ids: Tensor, new: int, cache: Cache) -> tuple[float, Tensor]:
+        """`loop` with a step that is a CUDA graph: recorded once for a shape, with the cache, then
+        replayed."""
+        key = (*ids.shape, new)
+        if key not in self._recorded:
+            with self._compiling():
+                self._recorded[key] = self._record(ids, cache)
+        graph, token, cache = self._recorded[key]
+        cache.reset()
+        token.copy_(self._next(self.model.forward, ids, cache))
+        made: list[Tensor] = []
+
+        def steps() -> None:
+            for _ in range(new):
+                made.append(token.clone())
+                graph.replay()
+
+        return timed(steps, self.device), torch.cat(made, 1)
+
+    def _record(self, ids: Tensor, cache: Cache) -> _Recorded:
+        step = torch.compile(self.model.forward, dynamic=False)
+        token = self._next(self.model.forward, ids, cache)
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):  # compiles, and lets libraries take the memory they need
+            self._next(step, token, cache)
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token.copy_(self._next(step, token, cache))
+        return graph, token, cache
+
     def _next(self, forward: Callable[..., Any], ids: Tensor, cache: Cache) -> Tensor:
         """The likeliest next tokens (b, 1) after ids (b, t) and what the cache holds."""
-        if self.compiled:
+        if forward is self._step and self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         held = {cache_name(self.model): cache}
         output = forward(input_ids=ids, use_cache=True, logits_to_keep=1, **held)

@@ -31,6 +31,9 @@ SMALLEST_DOT = 16
 BY_ELEMENT = 4
 # Rows that one program of `_few` holds in registers.
 MOST_ROWS = 64
+# Of float32 tiles: three products of the matrix units, which have eleven bits, make about as many
+# digits as one product of float32 has.
+PRECISION = tl.constexpr("tf32x3")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -94,7 +97,7 @@ def _few_products(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             if DOT:
-                p = tl.dot(part.to(DOT_IN), tl.trans(tile.to(DOT_IN)), p, input_precision="ieee")
+                p = tl.dot(part.to(DOT_IN), tl.trans(tile.to(DOT_IN)), p, input_precision=PRECISION)
             else:
                 p += part.to(tl.float32)[:, None, :] * tile.to(tl.float32)[None, :, :]
         if not DOT:
@@ -174,7 +177,7 @@ def _rows(matrix, THERE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # typ
 
 
 @triton.jit
-def _combined(w, p0, p1, p2, p3, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(w, p0, p1, p2, p3, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Σ_d w_d p_d over N of them."""
     h = w[0] * p0
     if N > 1:
@@ -187,12 +190,27 @@ def _combined(w, p0, p1, p2, p3, N: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _many_products(  # type: ignore[no-untyped-def]
-    x, weight, mixing, t, a, tokens, m1, n1, N2: tl.constexpr, M2: tl.constexpr,
-    FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    DOT_IN: tl.constexpr,
+def _combined(  # type: ignore[no-untyped-def]
+    w, p0, p1, p2, p3, M: tl.constexpr, N: tl.constexpr
+):
+    """A small matrix (M, N), by rows, times N slices: M slices, and more of no meaning."""
+    h0 = _sum(w[0], p0, p1, p2, p3, N)
+    h1, h2, h3 = h0, h0, h0
+    if M > 1:
+        h1 = _sum(w[1], p0, p1, p2, p3, N)
+    if M > 2:
+        h2 = _sum(w[2], p0, p1, p2, p3, N)
+    if M > 3:
+        h3 = _sum(w[3], p0, p1, p2, p3, N)
+    return h0, h1, h2, h3
+
+
+@triton.jit
+def _slice_products(  # type: ignore[no-untyped-def]
+    x, weight, t, a, tokens, m1, n1, w_a, N2: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr,
 ):  # fmt: skip
-    """The products of up to four slices, [BLOCK_T, BLOCK_A]: of x's, or FIRST of those mixed."""
+    """p of one term and up to four slices, [BLOCK_T, BLOCK_A] each."""
     p0 = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
     p1, p2, p3 = p0, p0, p0
     rows = x + (t.to(tl.int64) * (n1 * N2))[:, None]
@@ -200,36 +218,47 @@ def _many_products(  # type: ignore[no-untyped-def]
         b = start + tl.arange(0, BLOCK_B)
         within = (a < m1)[None, :] & (b < n1)[:, None]
         given = (t < tokens)[:, None] & (b < n1)[None, :]
-        place = weight + (a.to(tl.int64) * n1)[None, :] + b[:, None]
+        place = weight + (a.to(tl.int64) * w_a)[None, :] + b[:, None]
         tile = tl.load(place, within, other=0.0).to(DOT_IN)
         part = rows + b[None, :]
-        x0 = tl.load(part, given, other=0.0)
-        x1, x2, x3 = x0, x0, x0
+        x0 = tl.load(part, given, other=0.0).to(DOT_IN)
+        p0 = tl.dot(x0, tile, p0, input_precision=PRECISION)
         if N2 > 1:
-            x1 = tl.load(part + n1, given, other=0.0)
+            x1 = tl.load(part + n1, given, other=0.0).to(DOT_IN)
+            p1 = tl.dot(x1, tile, p1, input_precision=PRECISION)
         if N2 > 2:
-            x2 = tl.load(part + 2 * n1, given, other=0.0)
+            x2 = tl.load(part + 2 * n1, given, other=0.0).to(DOT_IN)
+            p2 = tl.dot(x2, tile, p2, input_precision=PRECISION)
         if N2 > 3:
-            x3 = tl.load(part + 3 * n1, given, other=0.0)
-        if FIRST:
-            z0 = _combined(mixing[0], x0, x1, x2, x3, N2)
-            z1, z2, z3 = z0, z0, z0
-            if M2 > 1:
-                z1 = _combined(mixing[1], x0, x1, x2, x3, N2)
-            if M2 > 2:
-                z2 = _combined(mixing[2], x0, x1, x2, x3, N2)
-            if M2 > 3:
-                z3 = _combined(mixing[3], x0, x1, x2, x3, N2)
-        else:
-            z0, z1, z2, z3 = x0, x1, x2, x3
-        p0 = tl.dot(z0.to(DOT_IN), tile, p0, input_precision="ieee")
-        if (M2 if FIRST else N2) > 1:
-            p1 = tl.dot(z1.to(DOT_IN), tile, p1, input_precision="ieee")
-        if (M2 if FIRST else N2) > 2:
-            p2 = tl.dot(z2.to(DOT_IN), tile, p2, input_precision="ieee")
-        if (M2 if FIRST else N2) > 3:
-            p3 = tl.dot(z3.to(DOT_IN), tile, p3, input_precision="ieee")
+            x3 = tl.load(part + 3 * n1, given, other=0.0).to(DOT_IN)
+            p3 = tl.dot(x3, tile, p3, input_precision=PRECISION)
     return p0, p1, p2, p3
+
+
+@triton.jit
+def _many_products(  # type: ignore[no-untyped-def]
+    x, weight, small, t, a, tokens, m1, n1, w_a, w_r, TERMS: tl.constexpr, N2: tl.constexpr,
+    M2: tl.constexpr, MIXED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr,
+):  # fmt: skip
+    """h of one matrix before bias and activation: up to four slices, [BLOCK_T, BLOCK_A] each."""
+    w = _rows(small, MIXED, M2, N2)  # what is read late is waited for
+    h0, h1, h2, h3 = _slice_products(
+        x, weight, t, a, tokens, m1, n1, w_a, N2, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
+    )
+    if MIXED:
+        h0, h1, h2, h3 = _combined(w, h0, h1, h2, h3, M2, N2)
+    for r in range(1, TERMS):
+        w = _rows(small + r * M2 * N2, MIXED, M2, N2)
+        p0, p1, p2, p3 = _slice_products(
+            x, weight + r * w_r, t, a, tokens, m1, n1, w_a, N2, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
+        )
+        p0, p1, p2, p3 = _combined(w, p0, p1, p2, p3, M2, N2)
+        h0 += p0
+        h1 += p1
+        h2 += p2
+        h3 += p3
+    return h0, h1, h2, h3
 
 
 @triton.jit
@@ -249,13 +278,13 @@ def _offsets(bias, a, m1, BIAS: tl.constexpr, M: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _many(  # type: ignore[no-untyped-def]
-    x, weight, small, bias, weight_2, small_2, bias_2, inner, y, tokens, m1, n1,
-    N2: tl.constexpr, M2: tl.constexpr, Q: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr, FIRST: tl.constexpr,
+    x, weight, small, bias, weight_2, small_2, bias_2, inner, y, tokens, m1, n1, w_a, w_r,
+    TERMS: tl.constexpr, N2: tl.constexpr, M2: tl.constexpr, Q: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, DOT_IN: tl.constexpr,
     MIXED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Many tokens, one term, slices that lie apart: each slice is a tile of its own."""
+    """Many tokens, slices that lie apart: each slice is a tile of its own."""
     # Programs that share inputs or weights run side by side, and find them in the cache.
     across, down = tl.cdiv(m1, BLOCK_A), tl.cdiv(tokens, BLOCK_T)
     number = tl.program_id(0)
@@ -263,35 +292,27 @@ def _many(  # type: ignore[no-untyped-def]
     height = tl.minimum(down - group * 8, 8)
     t = (group * 8 + number % height) * BLOCK_T + tl.arange(0, BLOCK_T)
     a = (number % (8 * across)) // height * BLOCK_A + tl.arange(0, BLOCK_A)
-    # What is read late is waited for.
-    mixing = _rows(small, MIXED, M2, N2)
-    mixing_2 = _rows(small_2, MIXED and GATED, M2, N2)
     weights = _rows(inner, INNER, Q, M2)
     offsets = _offsets(bias, a, m1, BIAS, M2)
     offsets_2 = _offsets(bias_2, a, m1, BIAS and GATED, M2)
     p = _many_products(
-        x, weight, mixing, t, a, tokens, m1, n1, N2, M2, FIRST, BLOCK_T, BLOCK_A, BLOCK_B, DOT_IN
-    )
+        x, weight, small, t, a, tokens, m1, n1, w_a, w_r, TERMS, N2, M2, MIXED, BLOCK_T, BLOCK_A,
+        BLOCK_B, DOT_IN,
+    )  # fmt: skip
     g = p
     if GATED:
         g = _many_products(
-            x, weight_2, mixing_2, t, a, tokens, m1, n1, N2, M2, FIRST, BLOCK_T, BLOCK_A, BLOCK_B,
-            DOT_IN,
+            x, weight_2, small_2, t, a, tokens, m1, n1, w_a, w_r, TERMS, N2, M2, MIXED, BLOCK_T,
+            BLOCK_A, BLOCK_B, DOT_IN,
         )  # fmt: skip
     here = (t < tokens)[:, None] & (a < m1)[None, :]
     places = y + (t.to(tl.int64) * (m1 * Q))[:, None] + a[None, :]
     z0 = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
     z1, z2, z3 = z0, z0, z0
     for c in tl.static_range(M2):
-        h = p[c]
-        if MIXED and not FIRST:
-            h = _combined(mixing[c], p[0], p[1], p[2], p[3], N2)
-        h = _activation(h + offsets[c], KIND)
+        h = _activation(p[c] + offsets[c], KIND)
         if GATED:
-            other = g[c]
-            if MIXED and not FIRST:
-                other = _combined(mixing_2[c], g[0], g[1], g[2], g[3], N2)
-            h *= other + offsets_2[c]
+            h *= g[c] + offsets_2[c]
         if INNER:
             z0 += weights[0][c] * h
             if Q > 1:
@@ -350,16 +371,16 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
     tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
     block_t = max(1, min(tokens, MOST_ROWS // max(m2, n2, q)))
     rows = [triton.next_power_of_2(block_t * side) for side in (n2, m2, q)]
-    dot = given.get("DOT", rows[0] > BY_ELEMENT)
-    # Measured on an H200 (docs/gpu.md). Few rows of A for a program, so that a matrix of a few
-    # hundred fills the GPU, and as much of each as there is, so that all is asked for at once.
+    # The choices are those that were fastest on an H200 (docs/gpu.md). Few rows of A for a program,
+    # so that a few hundred fill the GPU, and much of each, so that all is asked for at once.
     wide = max(triton.next_power_of_2(n1), SMALLEST_DOT)
+    dot = given.get("DOT", rows[0] > (BY_ELEMENT if m1 < 1024 else BY_ELEMENT // 2))
     if dot:
         rows = [max(side, SMALLEST_DOT) for side in rows]
         block_a, block_b = SMALLEST_DOT, min(wide, 512 if n1 > 1024 else 256)
         if x.dtype == torch.float32:
             block_b = min(wide, 64)
-        warps = 2 if max(m2, n2) == 1 and n1 <= 1024 else 4
+        warps = 2 if max(rows) == SMALLEST_DOT and n1 <= 1024 else 4
     else:
         block_a, block_b = 2, min(wide, 2048 if rows[0] <= 2 else 1024)
         if x.dtype == torch.float32:
@@ -367,11 +388,9 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
         warps = 1 if block_b * rows[0] <= 1024 else 4
     block_a, block_b = given.get("BLOCK_A", block_a), given.get("BLOCK_B", block_b)
     strides = (1, n1, 1, m1, 1, m1) if step.small_outer else (n2, 1, m2, 1, q, 1)
-    terms = step.terms
-    of_weight = (terms * n1, n1) if step.mix_first else (n1, m1 * n1)
     numbers = (
-        *(tokens, m1, n1, m2, n2, q, *strides, *of_weight),
-        *(terms, block_t, *rows, block_a, block_b, dot, _dot_dtype(x), bool(step.smalls)),
+        *(tokens, m1, n1, m2, n2, q, *strides, *_strides_of_weight(step)),
+        *(step.terms, block_t, *rows, block_a, block_b, dot, _dot_dtype(x), bool(step.smalls)),
         *(bool(step.biases), len(step.weights) > 1, step.kind, step.inner is not None),
     )
     grid = triton.cdiv(m1, block_a), triton.cdiv(tokens, block_t), 1
@@ -380,15 +399,23 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
 
 def _of_many(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
     tokens, (m1, n1, m2, n2), q = len(x), step.sides, step.slices
-    large = tokens * m1 * n2 >= 2**22
+    # As fast as any on an H200: larger tiles where they still fill it, or where rows are long; not
+    # where the sums of terms take registers too.
+    large = triton.cdiv(tokens, 64) * triton.cdiv(m1, 64) > 264 or n1 >= 2048
+    large = large and step.terms == 1
     sizes = {"BLOCK_T": 64, "BLOCK_A": 64 if large else 32, "BLOCK_B": 64}
-    sizes |= {"num_warps": 4, "num_stages": 4} | given
+    sizes |= {"num_warps": 4, "num_stages": 3 if large else 4} | given
     block_t, block_a, block_b = (sizes.pop(name) for name in ("BLOCK_T", "BLOCK_A", "BLOCK_B"))
-    mixed = bool(step.smalls)
     numbers = (
-        *(tokens, m1, n1, n2, m2, q, block_t, block_a, block_b, _dot_dtype(x)),
-        *(mixed and m2 < n2, mixed, bool(step.biases), len(step.weights) > 1, step.kind),
-        step.inner is not None,
+        *(tokens, m1, n1, *_strides_of_weight(step), step.terms, n2, m2, q),
+        *(block_t, block_a, block_b, _dot_dtype(x), bool(step.smalls), bool(step.biases)),
+        *(len(step.weights) > 1, step.kind, step.inner is not None),
     )
     grid = triton.cdiv(m1, block_a) * triton.cdiv(tokens, block_t), 1, 1
     return _many, grid, numbers, sizes
+
+
+def _strides_of_weight(step: Step) -> tuple[int, int]:
+    """From row to row of A, and from term to term."""
+    m1, n1, _, _ = step.sides
+    return (step.terms * n1, n1) if step.mix_first else (n1, m1 * n1)
