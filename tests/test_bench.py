@@ -185,6 +185,16 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_step_that_is_one_cuda_graph_makes_the_same_tokens():
+    model, ids = tiny("gpt2").cuda(), torch.randint(96, (2, 5), device="cuda")
+    expected = Runner(model).loop(ids, 12)[1]
+    recorded = Runner(model, compiled=True)
+    for _ in range(2):
+        assert torch.equal(recorded.loop(ids, 12)[1], expected)
+    assert recorded.compile_seconds > 0
+
+
 def test_command(quick, saved, run, tmp_path):
     threads = torch.get_num_threads()
     command = ["bench", saved / "small", "--against", saved / "dense"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krony import cpu_decode, kron, tensor_rank
+from krony import cpu_decode, kron, products, tensor_rank
 from krony.kron import Layout, Shape
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
@@ -25,6 +25,8 @@ MAX_TOKENS = 16
 MAX_SIDE, MAX_ENTRIES = 16, 1024
 # Slices that the kernel for many tokens holds, each in a tile of its own.
 MOST_SLICES = 4
+# With more, the sums of terms leave too few registers to the products.
+MOST_TERMS = 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 run_many = tensor_rank.run  # the counterpart of `run` for many tokens
@@ -92,11 +94,11 @@ class Step:
 
     @property
     def takes_many(self) -> bool:
-        """Whether there is a kernel for many tokens: few slices, which lie apart."""
+        """Whether there is a kernel for many tokens: few terms and slices, which lie apart."""
         _, _, m2, n2 = self.sides
         most = max(m2, n2 * len(self.weights), self.slices)
         apart = self.small_outer or m2 == n2 == 1
-        return most <= MOST_SLICES and apart
+        return most <= MOST_SLICES and self.terms <= MOST_TERMS and apart
 
 
 def run(group: Any, x: Tensor) -> Tensor | None:
@@ -142,7 +144,7 @@ def fits(small: Sequence[int]) -> bool:
 
 def can_take(x: Tensor) -> bool:
     """Whether the kernels can run on x: Triton, a recent GPU, a dtype of theirs, no autocast."""
-    if not (x.is_cuda or _INTERPRETED) or torch.compiler.is_exporting():
+    if not (x.is_cuda or _INTERPRETED) or products.is_exporting():
         return False
     return (
         _INSTALLED

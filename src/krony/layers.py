@@ -162,7 +162,7 @@ class KroneckerGroup(nn.Module):
         Never where `large` is more than a plain layer, with a forward of its own, nor in an
         exported graph, where the number of tokens is not known.
         """
-        if torch.compiler.is_exporting():
+        if products.is_exporting():
             return False
         return tokens > self.dense_from and self.is_plain
 

@@ -19,6 +19,15 @@ from krony.kron import Layout, Shape
 FEW_ROWS = 32
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether a graph is being made in which the number of tokens is not known.
+
+    Older versions of torch.compile take `torch.compiler.is_exporting` for true of themselves.
+    """
+    return torch.compiler.is_exporting()
+
+
 def apply(
     x: Tensor,
     small: Tensor,
@@ -152,7 +161,7 @@ def _mixed(x: Tensor, mixing: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     In training, the mixed slices, as many as the inputs or more, are made again in the backward
     pass instead of being kept: a factored layer then keeps no more than a dense one does.
     """
-    kept = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    kept = not torch.is_grad_enabled() or is_exporting()
     if kept or x.shape[-1] == 1:
         return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight, bias)
     if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it

@@ -59,7 +59,7 @@ def _blocks(mixing, out_t, out_slice, in_t, in_slice, slices_in):  # type: ignor
 def _times(matrix, p, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
     """matrix [OUT, IN] times p [IN, BLOCK_A]."""
     if DOT:
-        made = tl.dot(matrix, p, input_precision="ieee")
+        made = tl.dot(matrix, p, input_precision=PRECISION)
     else:
         made = tl.sum(matrix[:, :, None] * p[None, :, :], 1)
     return made
@@ -374,7 +374,8 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
     # The choices are those that were fastest on an H200 (docs/gpu.md). Few rows of A for a program,
     # so that a few hundred fill the GPU, and much of each, so that all is asked for at once.
     wide = max(triton.next_power_of_2(n1), SMALLEST_DOT)
-    dot = given.get("DOT", rows[0] > (BY_ELEMENT if m1 < 1024 else BY_ELEMENT // 2))
+    tall = tokens > 1 and m1 >= 1024  # enough tiles of rows
+    dot = given.get("DOT", rows[0] > (BY_ELEMENT // 2 if tall else BY_ELEMENT))
     if dot:
         rows = [max(side, SMALLEST_DOT) for side in rows]
         block_a, block_b = SMALLEST_DOT, min(wide, 512 if n1 > 1024 else 256)
