@@ -90,13 +90,14 @@ WAYS: dict[str, Callable[[Tensor, KroneckerGroup], Tensor]] = {
 }
 
 
-def factored_pair(shape: tuple[int, int], terms: int) -> list[KroneckerLinear]:
+def factored_pair(shape: tuple[int, int], terms: int, scale: int = 1) -> list[KroneckerLinear]:
     """c_fc and c_proj of one MLP; the large factor of c_proj is that of c_fc transposed."""
-    large, small = shape, (HIDDEN // shape[0], MODEL // shape[1])
+    small, large = (HIDDEN // shape[0], MODEL // shape[1]), (shape[0] * scale, shape[1] * scale)
+    hidden, model = HIDDEN * scale, MODEL * scale
     pair = []
     for (m, n), a, b in (
-        ((HIDDEN, MODEL), large, small),
-        ((MODEL, HIDDEN), large[::-1], small[::-1]),
+        ((hidden, model), large, small),
+        ((model, hidden), large[::-1], small[::-1]),
     ):
         pair.append(KroneckerLinear(n, m, [KroneckerGroup(a, b, terms)]))
     return pair
@@ -154,12 +155,17 @@ def recorded(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], A
 
 
 def rivals(
-    scheme: str, layers: int, dtype: torch.dtype, ways: Sequence[str] = tuple(WAYS)
+    scheme: str,
+    layers: int,
+    dtype: torch.dtype,
+    ways: Sequence[str] = tuple(WAYS),
+    scale: int = 1,
 ) -> dict[str, Layers]:
     """The dense layers, ours, and the same factors run in other ways."""
     torch.manual_seed(0)
-    dense = [MLP(nn.Linear(MODEL, HIDDEN), nn.Linear(HIDDEN, MODEL)) for _ in range(layers)]
-    ours = [factored_pair(*SCHEMES[scheme]) for _ in range(layers)]
+    hidden, model = HIDDEN * scale, MODEL * scale
+    dense = [MLP(nn.Linear(model, hidden), nn.Linear(hidden, model)) for _ in range(layers)]
+    ours = [factored_pair(*SCHEMES[scheme], scale) for _ in range(layers)]
     every: dict[str, Layers] = {"dense": dense, "krony": [MLP(*pair) for pair in ours]}
     for name in ways:
         every[name] = [MLP(*(Rival(layer, WAYS[name]) for layer in pair)) for pair in ours]
@@ -273,6 +279,9 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--what", nargs="+", default=["stack", "one"], choices=["stack", "one"])
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument(
+        "--scale", type=int, default=1, help="how many times as wide as GPT-2 small"
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
     parser.add_argument("--eager", action="store_true", help="on a GPU, no CUDA graphs")
@@ -286,7 +295,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for scheme in arguments.schemes:
-            every = rivals(scheme, arguments.layers, DTYPES[dtype], ways)
+            every = rivals(scheme, arguments.layers, DTYPES[dtype], ways, arguments.scale)
             for layers in every.values():
                 for layer in layers:
                     layer.to(device)
@@ -295,7 +304,7 @@ def main() -> None:
                 for what in arguments.what:
                     make = {"stack": stack, "one": one}[what]
                     for tokens in arguments.tokens:
-                        x = torch.randn(tokens, MODEL).to(device, DTYPES[dtype])
+                        x = torch.randn(tokens, MODEL * arguments.scale).to(device, DTYPES[dtype])
                         runs = {name: make(layers) for name, layers in every.items()}
                         if arguments.compile:
                             runs = {name: compiled(run) for name, run in runs.items()}
