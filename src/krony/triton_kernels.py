@@ -59,7 +59,7 @@ def _blocks(mixing, out_t, out_slice, in_t, in_slice, slices_in):  # type: ignor
 def _times(matrix, p, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
     """matrix [OUT, IN] times p [IN, BLOCK_A]."""
     if DOT:
-        made = tl.dot(matrix, p, input_precision=PRECISION)
+        made = tl.dot(matrix, p, input_precision="ieee")
     else:
         made = tl.sum(matrix[:, :, None] * p[None, :, :], 1)
     return made
@@ -384,6 +384,8 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
         warps = 2 if max(rows) == SMALLEST_DOT and n1 <= 1024 else 4
     else:
         block_a, block_b = 2, min(wide, 2048 if rows[0] <= 2 else 1024)
+        if m1 * n1 >= 2**22:
+            block_a, block_b = 4, min(wide, 1024)
         if x.dtype == torch.float32:
             block_b = min(wide, 1024)
         warps = 1 if block_b * rows[0] <= 1024 else 4
