@@ -241,7 +241,7 @@ def table(rows: list[dict[str, Any]], what: str, threads: int, dtype: str) -> st
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path, gpu: str) -> None:
     """Speed against dense by tokens, a line a scheme, for the stack in the first setting."""
     stacks = [r for r in rows if r["what"] == "stack"]
     if not stacks:
@@ -263,7 +263,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:g}x")
     axis.set_xticks(sorted({r["tokens"] for r in stacks}))
-    axis.set_title(f"A stack of GPT-2 small's MLPs, {dtype}, {threads} thread(s)")
+    where = f"{threads} thread(s)" if gpu == "none" else f"CUDA graphs on an {gpu}"
+    axis.set_title(f"A stack of GPT-2 small's MLPs, {dtype}, {where}")
     axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.tight_layout()
     write_file(path, lambda to: figure.savefig(to, dpi=120))
@@ -327,7 +328,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
     record = {"settings": settings, "rows": rows, "environment": evaluate.environment()}
     write_json(arguments.out, record)
-    draw(rows, arguments.out.with_suffix(".png"))
+    draw(rows, arguments.out.with_suffix(".png"), evaluate.environment()["gpu"])
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def close(found, expected, tolerance):
 @launches
 @torch.no_grad()
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("name", SHAPES)
 def test_few_tokens(name, tokens, gated, launched):
     module = made(name, gated)
@@ -132,11 +132,10 @@ def test_few_tokens(name, tokens, gated, launched):
 @launches
 @torch.no_grad()
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [17, 150])
 @pytest.mark.parametrize("name", SHAPES)
-def test_many_tokens(name, tokens, gated, launched):
+def test_many_tokens(name, gated, launched):
     module = made(name, gated).half()
-    x = torch.randn(tokens, MODEL, device=DEVICE).half()
+    x = torch.randn(70, MODEL, device=DEVICE).half()  # two blocks of them
     close(module(x), oracle(module, x), 2e-3)
     known = gpu_mlp.steps([getattr(module, n) for n in (*module.parts.ups, module.parts.down)], 1)
     fused = [step for step in known or [] if step.kind or step.terms > 1]
@@ -202,7 +201,7 @@ def test_hooks_gradients_and_autocast_take_the_modules_own_forward(launched):
 
 @launches
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [16, 17])
 def test_compile_keeps_the_launches(tokens):
     module = made("a quarter, never written").half()
     x = torch.randn(tokens, MODEL, device=DEVICE).half()
@@ -214,7 +213,7 @@ def test_compile_keeps_the_launches(tokens):
 
     made_of = torch.compile(module, backend=backend, fullgraph=True)(x)
     torch.testing.assert_close(made_of, expected, rtol=0, atol=0)
-    assert sum("krony.step" in node for node in nodes) == (2 if tokens == 1 else 1)
+    assert sum("krony.step" in node for node in nodes) == (2 if tokens == 16 else 1)
 
 
 @launches

@@ -110,7 +110,8 @@ static inline __attribute__((always_inline)) void NAME(tile)(
     for (; k < width; k++)
         for (int i = 0; i < count; i++)
             for (int j = 0; j < together; j++)
-                out[j * step + i * span] += NAME(read)(w + i * span * width + k) * z[j * pitch + k];
+                out[j * step + i * span] = fused(
+                    NAME(read)(w + i * span * width + k), z[j * pitch + k], out[j * step + i * span]);
 }
 
 /* out[j * step + i] = w[i, :] . z[j, :] for all i < count and j < rows. ROWS streams, each a part of
@@ -167,7 +168,8 @@ static void NAME(sums)(
                 store_float(to + a, sum);
             }
             for (; a < count; a++)
-                for (int i = 0; i < streams; i++) to[a] += factor[i] * NAME(read)(from + i * span * m + a);
+                for (int i = 0; i < streams; i++)
+                    to[a] = fused(factor[i], NAME(read)(from + i * span * m + a), to[a]);
         }
 }
 
@@ -192,7 +194,7 @@ static inline __attribute__((always_inline)) void NAME(mix)(
             float sum = 0;
             for (long r = 0; r < terms; r++)
                 for (long d = 0; d < n2; d++)
-                    sum += b[r * entries + i * n2 + d] * p[r * apart + d * step + a];
+                    sum = fused(b[r * entries + i * n2 + d], p[r * apart + d * step + a], sum);
             out[i * pitch + a] = sum;
         }
 }

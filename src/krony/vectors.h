@@ -41,6 +41,15 @@ static inline float total(Vector v) { /* by quarters: few steps, none of them th
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+/* a b + c, rounded once where the processor can. For what a loop over whole vectors leaves: compilers
+ * contract that as they please, and where it begins depends on the number of threads. */
+static inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#endif
+    return a * b + c;
+}
+
 /* Where the mask is set (all bits of a lane) `yes`, elsewhere `no`. */
 static inline Words chosen(Mask where, Words yes, Words no) {
     return ((Words)where & yes) | (~(Words)where & no);
