@@ -16,9 +16,6 @@ from krony.kernels import Step
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
 from krony.watched import Watched
 
-# A dense matrix or a factored one, and the two halves of low rank: weight, small, sides.
-_Stage = tuple[Tensor, Tensor | None, tuple[int, int, int, int], bool, bool]
-
 
 class Steps(Watched):
     """The launches of an MLP, until a factor or a bias changes.
@@ -40,7 +37,8 @@ class Steps(Watched):
         if self._lasting:
             self.numbers()
         self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
-        self.steps = None if any(self._hooks) else steps(layers, kind)
+        watched = any(self._hooks) or any(map(is_hooked, layers))
+        self.steps = None if watched else steps(layers, kind)
 
     def unchanged(self) -> bool:
         """Whether factors and biases have the numbers that they had."""
@@ -112,65 +110,54 @@ def steps(layers: list[Any], kind: int) -> list[Step] | None:
         layers: those that write the hidden axis, then the one that reads it.
         kind: of the activation, as cpu_kernels numbers them.
     """
-    found = [_stages(layer) for layer in layers]
-    if any(stages is None for stages in found):
+    found = [products_of(layer) for layer in layers]
+    if any(steps is None for steps in found):
         return None
-    (*ups, down) = [stages for stages in found if stages is not None]
-    first, last = ups[0], ups[0][-1]
+    (*ups, down) = [steps for steps in found if steps is not None]
+    *before, written = ups[0]
     # One launch writes a gated axis: its two matrices are alike, and read the same.
-    if len(ups) > 1 and (len(first) > 1 or len(ups[1]) > 1 or _kind(last) != _kind(ups[1][-1])):
+    if len(ups) > 1 and (before or len(ups[1]) > 1 or not _alike(written, ups[1][0])):
         return None
-    m1, _, m2, _ = last[2]
-    entering, leaving = down[0], down[-1]
-    _, k1, q, k2 = entering[2]
+    read, *after = down
+    (m1, _, m2, _), (rows, k1, q, k2) = written.sides, read.sides
     if m1 * m2 != k1 * k2:  # gate and other in one matrix
         return None
-    inner, between = None, entering[1]
-    alike = (k2, k1, entering[3]) == (m2, m1, last[3])
-    if between is not None and len(between) == 1 and q <= k2 and alike:
-        # Mixed before it is written.
-        inner = between[0]
-        sides = (entering[2][0], k1, q, q)
-        entering = (entering[0], None, sides, entering[3], entering[4])
-        if len(down) == 1:
-            leaving = entering
-    made = [Step((stage[0],), _given(stage[1]), (), *stage[2:]) for stage in first[:-1]]
-    weights, smalls = tuple(up[-1][0] for up in ups), [up[-1][1] for up in ups]
-    biases = _biases(layers[:-1])
-    if biases is None:
+    biases, offset = _given(*(layer.bias for layer in layers[:-1])), _given(layers[-1].bias)
+    if len(biases) not in (0, len(ups)):
         return None
-    made.append(Step(weights, _given(*smalls), biases, *last[2:], kind, inner))
-    if len(down) > 1:
-        made.append(Step((entering[0],), _given(entering[1]), (), *entering[2:]))
-    offset = _given(layers[-1].bias)
-    made.append(Step((leaving[0],), _given(leaving[1]), offset, *leaving[2:]))
-    held = [tensor for step in made for tensor in (*step.weights, *step.smalls, *step.biases)]
-    alike = len({(tensor.dtype, tensor.device) for tensor in held}) == 1
-    return made if alike else None
+    meets = (k2, k1, read.small_outer) == (m2, m1, written.small_outer)
+    inner = None
+    if len(read.smalls) == read.terms == 1 and q <= k2 and meets:  # mixed before it is written
+        inner = read.smalls[0][0]
+        read = Step(read.weights, (), (), (rows, k1, q, q), read.small_outer, read.mix_first)
+    weights = tuple(up[-1].weights[0] for up in ups)
+    smalls = tuple(small for up in ups for small in up[-1].smalls)
+    order = written.small_outer, written.mix_first
+    hidden = Step(weights, smalls, biases, written.sides, *order, kind, inner)
+    *between, last = read, *after
+    last = Step(last.weights, last.smalls, offset, last.sides, last.small_outer, last.mix_first)
+    made = [*before, hidden, *between, last]
+    given = [_given(*step.weights, *step.smalls, *step.biases, step.inner) for step in made]
+    held = [tensor for tensors in given for tensor in tensors]
+    return made if len({(tensor.dtype, tensor.device) for tensor in held}) == 1 else None
+
+
+def _alike(one: Step, other: Step) -> bool:
+    """Whether two matrices can be in one launch."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("sides", "terms", "small_outer", "mix_first")
+    ) and len(one.smalls) == len(other.smalls)
 
 
 def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors if tensor is not None)
 
 
-def _biases(layers: list[Any]) -> tuple[Tensor, ...] | None:
-    """Those of all layers or none; None where only some have one."""
-    found = _given(*(layer.bias for layer in layers))
-    return found if len(found) in (0, len(layers)) else None
-
-
-def _kind(stage: _Stage) -> tuple[Any, ...]:
-    """What two matrices of one launch have in common."""
-    _, small, *rest = stage
-    return (None if small is None else len(small), *rest)
-
-
-def _stages(layer: Any) -> list[_Stage] | None:
-    """The products of a layer one after the other: one, or the two halves of low rank."""
+def products_of(layer: Any) -> list[Step] | None:
+    """The products of a layer one after the other, without its bias: one, or two of low rank."""
     if not isinstance(layer, KroneckerLinear):
-        if not is_plain_linear(layer):
-            return None
-        return [_dense(layer.weight)]
+        return [_dense(layer.weight)] if is_plain_linear(layer) else None
     if (formed := layer.formed()) is not None:
         return [_dense(formed)]
     group: Any = layer.groups[0]
@@ -181,10 +168,10 @@ def _stages(layer: Any) -> list[_Stage] | None:
         return [_dense(group.scaled_small.flatten(1)), _dense(weight)]
     if not kernels.fits((group.terms, m2, n2)):
         return None
-    small = group.scaled_small.contiguous()
-    return [(weight, small, (m1, n1, m2, n2), group.layout == "small-outer", group.mix_first)]
+    smalls, small_outer = _given(group.scaled_small), group.layout == "small-outer"
+    return [Step((weight,), smalls, (), (m1, n1, m2, n2), small_outer, group.mix_first)]
 
 
-def _dense(weight: Tensor) -> _Stage:
+def _dense(weight: Tensor) -> Step:
     m, n = weight.shape
-    return weight.contiguous(), None, (m, n, 1, 1), True, True
+    return Step(_given(weight), (), (), (m, n, 1, 1))
