@@ -55,6 +55,15 @@ def tiny(family: str, **changes: object) -> hf.PreTrainedModel:
     return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
+def in_the_interpreter(file: str) -> None:
+    """The tests of a file that launch Triton kernels, in a process with Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", file, "-k", "not interpreter"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
 def scaled_logits() -> hf.PreTrainedModel:
     """A tiny model that scales its logits, so that they are more than hidden states and head."""
     torch.manual_seed(0)

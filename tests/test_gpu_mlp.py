@@ -4,14 +4,13 @@ As in test_kernels.py, on a CPU the tests that launch a kernel run in a process 
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers import in_the_interpreter
 from krony import KroneckerGroup, KroneckerLinear, gpu_mlp, kernels, mlp
 from krony.activations import TanhGELU
 
@@ -229,11 +228,7 @@ def test_the_operator_is_well_formed_for_torch():
 
 @pytest.mark.skipif(INTERPRETED or not kernels._INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "not interpreter"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    in_the_interpreter(__file__)
 
 
 def test_a_matrix_that_is_gate_and_other_in_one_is_left_alone():

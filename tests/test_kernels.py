@@ -5,14 +5,13 @@ kernel run in a process of their own, which `test_under_the_interpreter` starts.
 """
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import dense_sum
+from helpers import dense_sum, in_the_interpreter
 from krony import KroneckerGroup, KroneckerLinear, kernels, kron, products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -143,11 +142,7 @@ def test_compile_keeps_it_whole():
 
 @pytest.mark.skipif(INTERPRETED or not kernels._INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "not interpreter"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    in_the_interpreter(__file__)
 
 
 def make(tokens=1, small=(2, 2), terms=1, dtype=torch.float32):

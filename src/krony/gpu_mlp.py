@@ -27,15 +27,7 @@ class Steps(Watched):
 
     def __init__(self, mlp: nn.Module, layers: list[Any], kind: int) -> None:
         super().__init__()
-        for name in mlp._modules:
-            self.child(mlp, name)
-        for layer in layers:
-            self.tensor(layer, "bias")
-            self.factors(layer)
-        # These don't count their changes.
-        self._lasting = not any(tensor.is_inference() for tensor in self.tensors)
-        if self._lasting:
-            self.numbers()
+        self._lasting = self.layers(mlp, layers)
         self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
         watched = any(self._hooks) or any(map(is_hooked, layers))
         self.steps = None if watched else steps(layers, kind)

@@ -294,14 +294,7 @@ class _Tiled(Watched):
 
     def __init__(self, mlp: FusedMLP, layers: list[Any], x: Tensor) -> None:
         super().__init__()
-        for name in mlp._modules:
-            self.child(mlp, name)
-        for layer in layers:
-            self.tensor(layer, "bias")
-            self.factors(layer)
-        counted = not any(tensor.is_inference() for tensor in self.tensors)
-        if counted:
-            self.numbers()
+        counted = self.layers(mlp, layers)
         self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
         # For some numbers of tokens these are fewer products, which are not for the tile unit.
         groups: list[Any] = [g for x, w in self._formed if w is None for g in x.groups]

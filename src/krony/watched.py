@@ -54,6 +54,18 @@ class Watched:
             for held in ("small", "scalars", "order"):
                 self.tensor(group, held)
 
+    def layers(self, owner: nn.Module, layers: list[Any]) -> bool:
+        """A module's children and all numbers of its layers; whether these count their changes."""
+        for name in owner._modules:
+            self.child(owner, name)
+        for layer in layers:
+            self.tensor(layer, "bias")
+            self.factors(layer)
+        if any(tensor.is_inference() for tensor in self.tensors):
+            return False
+        self.numbers()
+        return True
+
     def numbers(self) -> None:
         """Not only are the tensors to be the same, but the numbers in them."""
         self._versions = [(tensor, tensor._version) for tensor in self.tensors]
