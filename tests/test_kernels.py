@@ -140,6 +140,18 @@ def test_compile_keeps_it_whole():
     assert sum("krony.decode" in node for node in nodes) == 1
 
 
+@launches
+def test_a_gpu_on_which_nothing_can_be_launched_takes_the_torch_form(monkeypatch):
+    device = torch.device(DEVICE)
+    assert kernels.launches(device)
+
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr("krony.triton_kernels.launch", fails)
+    assert not kernels.launches(device)
+
+
 @pytest.mark.skipif(INTERPRETED or not kernels._INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
     in_the_interpreter(__file__)

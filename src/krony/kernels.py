@@ -6,6 +6,7 @@ Triton is imported at the first call, never with krony.
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,15 +157,27 @@ def can_take(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs_on(kind: str, index: int | None) -> bool:
-    if kind == "cuda":
-        # Triton's bfloat16 needs compute capability 8; float16 alone is not worth a rule.
-        return _capability(index) >= 8
-    return kind == "cpu" and _INTERPRETED
+    return _launches_on(index) if kind == "cuda" else kind == "cpu" and _INTERPRETED
 
 
 @lru_cache
-def _capability(index: int | None) -> int:
-    return torch.cuda.get_device_capability(index)[0]  # takes longer than a kernel
+def _launches_on(index: int | None) -> bool:
+    # Triton's bfloat16 needs compute capability 8; float16 alone is not worth a rule. On GPUs of
+    # AMD, which torch calls CUDA's too, nothing was tried.
+    if torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] < 8:
+        return False
+    return launches(torch.device("cuda" if index is None else f"cuda:{index}"))
+
+
+def launches(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and launched: Triton needs a C compiler where it runs."""
+    x, weight = torch.ones(1, 2, device=device), torch.ones(1, 2, device=device)
+    try:
+        _launched(x, Step((weight,), (), (), (1, 2, 1, 1)), many=False)
+    except Exception as error:  # whatever it is, the torch form does without
+        logging.getLogger(__name__).info("no Triton kernels on %s: %s", device, error)
+        return False
+    return True
 
 
 def decode(

@@ -13,8 +13,10 @@ two launches, and its hidden axis never reaches memory. Letters as in kron.py; t
 rows and b columns of A, c rows and d columns of B. Sums are in float32.
 """
 
+import math
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ MOST_ROWS = 64
 # Of float32 tiles: three products of the matrix units, which have eleven bits, make about as many
 # digits as one product of float32 has.
 PRECISION = tl.constexpr("tf32x3")
+# Bytes of shared memory that a program can have where torch does not say.
+LEAST_SHARED = 99 * 1024
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -409,6 +413,9 @@ def _of_many(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
     sizes = {"BLOCK_T": 64, "BLOCK_A": 64 if large else 32, "BLOCK_B": 64}
     sizes |= {"num_warps": 4, "num_stages": 3 if large else 4} | given
     block_t, block_a, block_b = (sizes.pop(name) for name in ("BLOCK_T", "BLOCK_A", "BLOCK_B"))
+    stage = (n2 * block_t + block_a) * block_b * x.element_size()
+    while "num_stages" not in given and sizes["num_stages"] * stage > _shared_memory(x.device):
+        sizes["num_stages"] -= 1
     numbers = (
         *(tokens, m1, n1, *_strides_of_weight(step), step.terms, n2, m2, q),
         *(block_t, block_a, block_b, _dot_dtype(x), bool(step.smalls), bool(step.biases)),
@@ -416,6 +423,15 @@ def _of_many(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
     )
     grid = triton.cdiv(m1, block_a) * triton.cdiv(tokens, block_t), 1, 1
     return _many, grid, numbers, sizes
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes that a program can have; few GPUs have as much as an H200."""
+    if INTERPRETED:
+        return math.inf
+    properties = torch.cuda.get_device_properties(device)
+    return float(getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED))
 
 
 def _strides_of_weight(step: Step) -> tuple[int, int]:
