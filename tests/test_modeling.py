@@ -21,6 +21,7 @@ from krony import (
     MatrixPlan,
     Plan,
     compress,
+    form,
     load_model,
     make_plan,
     save_model,
@@ -131,6 +132,21 @@ def test_the_interpolative_form_travels_trains_and_folds(tmp_path):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in again.parameters())
     again.eval().dequantize()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_formed_the_interpolative_form_is_in_full(tmp_path):
+    name = "transformer.h.0.mlp.c_fc"
+    groups = (Factors((16, 4), (8, 8), 20, interpolative=True), Factors((128, 1), (1, 32), 2))
+    model = compress(tiny("gpt2"), Plan((MatrixPlan(name, (128, 32), groups, conv1d=True),)))
+    before, numbers = logits(model), model.num_parameters()
+    assert form(model) == [name]
+    assert form(model) == []
+    assert model.num_parameters() == numbers + 20**2
+    first, second = model.get_submodule(name).groups
+    assert first.order is second.order is None
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), before)
 
 
 def test_the_factored_model_is_an_ordinary_trainable_model(tmp_path):

@@ -137,6 +137,14 @@ class KroneckerGroup(nn.Module):
         self.small.copy_(self.scaled_small)
         self.scalars = None
 
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Keep interpolative small factors in full: R² numbers more, and nothing to put together
+        at each call; the output keeps every bit."""
+        if self.order is not None:
+            self.small = nn.Parameter(self.scaled_small.clone(), self.small.requires_grad)
+            self.order = None
+
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W of this group, (m, n), summed in `dtype` (default: that of the factors)."""
         large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)

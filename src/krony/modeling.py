@@ -252,29 +252,39 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def form(model: PreTrainedModel) -> list[str]:
-    """Put W in the place of the factors in every layer that keeps it in inference; their names.
+    """Put W in the place of the factors in every layer that keeps it in inference, and keep the
+    small factors of the others in full; the names of the layers that changed.
 
-    Such a layer uses its factors under `torch.compile` and in training. With W instead it is as
-    fast there as elsewhere, and takes the memory of W alone; saved, it is larger.
+    Such a layer uses its factors under `torch.compile` and in training, and interpolative factors
+    are put together anew there for every token. After this both are as fast there as elsewhere. W
+    takes the memory of W alone, factors in full R² numbers more; saved, the model is larger.
     """
     if (config := config_of(model)) is None:
         return []
-    names = []
+    formed, completed = [], []
     matrices = list(Plan.from_dict(config.plan).matrices)
     for number, matrix in enumerate(matrices):
         layer = model.get_submodule(matrix.name)
-        if isinstance(layer, KroneckerLinear) and can_keep(layer):
+        if not isinstance(layer, KroneckerLinear):
+            continue
+        if can_keep(layer):
             model.set_submodule(matrix.name, dense_layer(layer, matrix.conv1d))
             matrices[number] = replace(matrix, groups=())
-            names.append(matrix.name)
-    if names:
+            formed.append(matrix.name)
+        elif any(group.interpolative for group in matrix.groups):
+            for group in layer.groups:
+                group.complete()  # type: ignore[operator]
+            full = tuple(replace(group, interpolative=False) for group in matrix.groups)
+            matrices[number] = replace(matrix, groups=full)
+            completed.append(matrix.name)
+    if formed or completed:
         packed = None
         if (quantised := quantised_of(model)) is not None:
-            rest = tuple(m for m in quantised.matrices if not _within(m.name, names))
+            rest = tuple(m for m in quantised.matrices if not _within(m.name, formed))
             packed = replace(quantised, matrices=rest).to_dict() if rest else None
         mlp.restore(model)
         attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance, packed))
-    return names
+    return formed + completed
 
 
 def quantised_of(model: nn.Module) -> Quantised | None:
