@@ -26,11 +26,11 @@ from krony.families import find_targets
 from krony.modeling import KroneckerQuantizer
 from krony.plan import Plan, matrix_plan
 
-# A process without krony and scipy. It loads every directory, runs it, saves it, loads that again;
-# without trust it stops instead of loading noise; krony, imported at last, takes over.
+# A process without krony, scipy and Triton. It loads every directory, runs it, saves it, loads that
+# again; without trust it stops instead of loading noise; krony, imported at last, takes over.
 PROCESS = """
 import sys
-sys.modules["krony"] = sys.modules["scipy"] = None
+sys.modules["krony"] = sys.modules["scipy"] = sys.modules["triton"] = None
 import torch, transformers as hf
 hf.logging.disable_progress_bar()
 ids = torch.arange(24).reshape(2, 12) % 90
@@ -56,7 +56,7 @@ for folder in sys.argv[1:]:
         assert torch.equal(load(folder + "-again")(input_ids=ids).logits, found)
     assert type(model.hf_quantizer).__module__.endswith(".krony_modeling")
     print(type(model).__module__.rpartition(".")[2], type(model).__name__)
-del sys.modules["krony"], sys.modules["scipy"]
+del sys.modules["krony"], sys.modules["scipy"], sys.modules["triton"]
 import krony
 assert type(load(sys.argv[1]).hf_quantizer).__module__ == "krony.modeling"
 """

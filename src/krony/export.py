@@ -264,8 +264,6 @@ class {name}(transformers.{name}):
 '''
 _FILE = re.compile(r"Path\(__file__\)\.with_name\(\"(.+)\"\)\.read_text\(encoding=\"utf-8\"\)")
 _IMPORT = re.compile(r"^( *)from krony(?:\.(\w+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
-
-
 _TRITON = "triton_kernels"  # imported at its first use, and only where Triton is
 
 

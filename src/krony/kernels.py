@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from krony import cpu_decode, kron, products, tensor_rank
 from krony.kron import Layout, Shape
@@ -171,9 +172,10 @@ def _launches_on(index: int | None) -> bool:
 
 def launches(device: torch.device) -> bool:
     """Whether a kernel can be compiled and launched: Triton needs a C compiler where it runs."""
-    x, weight = torch.ones(1, 2, device=device), torch.ones(1, 2, device=device)
     try:
-        _launched(x, Step((weight,), (), (), (1, 2, 1, 1)), many=False)
+        with _disable_current_modes():  # whatever watches, or makes tensors without numbers
+            x, weight = torch.ones(1, 2, device=device), torch.ones(1, 2, device=device)
+            _launched(x, Step((weight,), (), (), (1, 2, 1, 1)), many=False)
     except Exception as error:  # whatever it is, the torch form does without
         logging.getLogger(__name__).info("no Triton kernels on %s: %s", device, error)
         return False
