@@ -84,14 +84,14 @@ static inline __attribute__((always_inline)) void NAME(stretch)(
         NAME(blends)(other, t, a, k, slices, beside, full);
         for (long i = 0; i < slices; i++) h[i] *= beside[i];
     }
-    for (long i = 0; i < p; i++) {
-        Vector sum = h[i < slices ? i : 0];
-        if (b) {
-            sum = (Vector){0};
+    if (!b)
+        for (long i = 0; i < slices; i++) NAME(give)(y + i * y_slice + a, h[i], full, k - a);
+    else
+        for (long i = 0; i < p; i++) {
+            Vector sum = (Vector){0};
             for (long j = 0; j < slices; j++) sum += b[i * slices + j] * h[j];
+            NAME(give)(y + i * y_slice + a, sum, full, k - a);
         }
-        NAME(give)(y + i * y_slice + a, sum, full, k - a);
-    }
 }
 
 /* The hidden axis of an MLP, from what writes it to what reads it, without being written itself:
@@ -103,14 +103,24 @@ void NAME(hidden)(const Written *gate, const Written *other, int activation, con
     for (long t = 0; t < tokens; t++) {
         NUMBER *to = y + t * y_token;
         long a = 0;
-        /* The constants let the compiler leave out what is not asked for. */
-#define STRETCHES(OTHER, ACTIVATION, B)                                                               \
+        /* The constants let the compiler leave out what is not asked for, and keep few slices in registers. */
+#define STRETCHES(OTHER, ACTIVATION, B, COUNT)                                                        \
     for (; a + LANES <= k; a += LANES)                                                                \
-        NAME(stretch)(gate, OTHER, ACTIVATION, B, to, t, a, k, slices, p, y_slice, 1);
-        if (!other && activation == TANH_GELU && b) STRETCHES(NULL, TANH_GELU, b)
-        if (!other && activation == TANH_GELU && !b) STRETCHES(NULL, TANH_GELU, NULL)
-        if (!other && activation == NONE && !b) STRETCHES(NULL, NONE, NULL)
-        STRETCHES(other, activation, b)
+        NAME(stretch)(gate, OTHER, ACTIVATION, B, to, t, a, k, COUNT, p, y_slice, 1);
+#define BY_SLICES(OTHER, ACTIVATION, B)                                                               \
+    {                                                                                                 \
+        if (slices == 1) STRETCHES(OTHER, ACTIVATION, B, 1)                                           \
+        if (slices == 2) STRETCHES(OTHER, ACTIVATION, B, 2)                                           \
+        if (slices == 4) STRETCHES(OTHER, ACTIVATION, B, 4)                                           \
+        STRETCHES(OTHER, ACTIVATION, B, slices)                                                       \
+    }
+        if (!other && activation == TANH_GELU && b) BY_SLICES(NULL, TANH_GELU, b)
+        if (!other && activation == TANH_GELU && !b) BY_SLICES(NULL, TANH_GELU, NULL)
+        if (!other && activation == NONE && !b) BY_SLICES(NULL, NONE, NULL)
+        if (other && activation == SILU && b) BY_SLICES(other, SILU, b)
+        if (other && activation == SILU && !b) BY_SLICES(other, SILU, NULL)
+        STRETCHES(other, activation, b, slices)
+#undef BY_SLICES
 #undef STRETCHES
         if (a < k) NAME(stretch)(gate, other, activation, b, to, t, a, k, slices, p, y_slice, 0);
     }
