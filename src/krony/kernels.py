@@ -1,8 +1,10 @@
-"""One launch instead of three for a few tokens: the factored product as a custom operator.
+"""One call instead of several for a few tokens through a layer, and launches on a GPU.
 
-The operator `krony::decode` runs the Triton kernels of triton_kernels.py, forwards, and plain torch
-backwards. It is opaque to torch.compile, which therefore keeps it whole, and CUDA graphs record it.
-Triton is imported at the first call, never with krony.
+On a CPU that is decode.c. On a GPU the kernels of triton_kernels.py run as two operators:
+`krony::decode`, a few tokens through a factored matrix, with plain torch backwards, and
+`krony::step`, a matrix of an MLP with all that is around it, without gradients. Both are opaque to
+torch.compile, which therefore keeps them whole, and CUDA graphs record them. Triton is imported at
+the first call, never with krony.
 """
 
 import importlib.util

@@ -392,7 +392,7 @@ def _of_few(x: Tensor, step: Step, given: dict[str, int]) -> _Launch:
             block_a, block_b = 4, min(wide, 1024)
         if x.dtype == torch.float32:
             block_b = min(wide, 1024)
-        warps = 1 if block_b * rows[0] <= 1024 else 4
+        warps = 1 if block_a * block_b * rows[0] <= 2048 else 4
     block_a, block_b = given.get("BLOCK_A", block_a), given.get("BLOCK_B", block_b)
     strides = (1, n1, 1, m1, 1, m1) if step.small_outer else (n2, 1, m2, 1, q, 1)
     numbers = (
