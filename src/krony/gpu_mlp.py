@@ -7,17 +7,15 @@ dtype of the kernels, and many in half precision.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krony import kernels, kron, products
-from krony.cpu_decode import Parts
 from krony.kernels import Step
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
-from krony.watched import Watched
+from krony.watched import WatchedLayers
 
 
-class Steps(Watched):
+class Steps(WatchedLayers):
     """The launches of an MLP, until a factor or a bias changes.
 
     Args:
@@ -26,31 +24,24 @@ class Steps(Watched):
     """
 
     def __init__(self, mlp: nn.Module, layers: list[Any], kind: int) -> None:
-        super().__init__()
-        self._lasting = self.layers(mlp, layers)
-        self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
-        watched = any(self._hooks) or any(map(is_hooked, layers))
-        self.steps = None if watched else steps(layers, kind)
+        super().__init__(mlp, layers)
+        self.steps = None if any(self._hooks) else steps(layers, kind)
 
     def unchanged(self) -> bool:
-        """Whether factors and biases have the numbers that they had."""
-        if not self._lasting or not super().unchanged():
-            return False
-        return all(layer.formed() is weight for layer, weight in self._formed)
+        """Whether factors and biases have the numbers that they had, as far as can be told."""
+        return self.counted and super().unchanged()
 
 
-def run(mlp: Any, layers: list[Any], parts: Parts, x: Tensor) -> Tensor | None:
-    """The MLP of x (..., n), or None where something else is to be done.
-
-    Args:
-        layers: those that write the hidden axis, then the one that reads it.
-    """
+def run(mlp: Any, x: Tensor) -> Tensor | None:
+    """A `FusedMLP` of x (..., n), or None where something else is to be done."""
     tokens = x.numel() // x.shape[-1]
     many = tokens > kernels.MAX_TOKENS
     if many and x.dtype.itemsize != 2:
         return None
+    parts = mlp.parts
+    layers = [mlp._modules[name] for name in (*parts.ups, parts.down)]
     if torch.compiler.is_compiling():
-        if any(map(is_hooked, (*layers, mlp._modules[parts.activation]))):
+        if is_hooked(mlp._modules[parts.activation]):
             return None
         made = steps(layers, parts.kind)
     else:
@@ -83,16 +74,11 @@ def by_blas(x: Tensor, step: Step) -> Tensor:
     """What a step makes of many tokens (T, n) that is one large product, one term, and a bias:
     cuBLAS is the better one there."""
     (weight,), (m1, n1, m2, n2) = step.weights, step.sides
-    bias = step.biases[0] if step.biases else None
-    if n2 == m2 == 1 and not step.smalls:
-        return F.linear(x, weight, bias)
     layout: kron.Layout = "small-outer" if step.small_outer else "large-outer"
-    if step.smalls:
-        sides = (m1, n1), layout, step.mix_first
-        return products.apply(x, step.smalls[0], weight, *sides, bias)
-    rows = F.linear(products.to_slices(x, (-1, n2, n1), layout).reshape(-1, n1), weight)
-    y = products.from_slices(rows.view(-1, n2, m1), x.shape[:-1], layout)
-    return y if bias is None else products.add(y, bias)
+    mixing = products.mixing(step.smalls[0], step.mix_first) if step.smalls else None
+    inner, outer = (mixing, None) if step.mix_first else (None, mixing)
+    route = products.Route((m2, m1, n2, n1), layout, weight, inner, outer)
+    return route.apply(x, step.biases[0] if step.biases else None)
 
 
 def steps(layers: list[Any], kind: int) -> list[Step] | None:
@@ -148,6 +134,8 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def products_of(layer: Any) -> list[Step] | None:
     """The products of a layer one after the other, without its bias: one, or two of low rank."""
+    if is_hooked(layer):
+        return None
     if not isinstance(layer, KroneckerLinear):
         return [_dense(layer.weight)] if is_plain_linear(layer) else None
     if (formed := layer.formed()) is not None:

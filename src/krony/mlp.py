@@ -20,7 +20,7 @@ from krony.activations import TanhGELU
 from krony.cpu_decode import Parts
 from krony.layers import KroneckerLinear, is_hooked, is_plain_linear
 from krony.products import Route
-from krony.watched import Watched
+from krony.watched import WatchedLayers
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
 _LEAST = 32  # tokens from which one loop takes less than the calls that it saves
@@ -162,16 +162,14 @@ def _run(mlp: FusedMLP, x: Any) -> Tensor | None:
         return None
     if not x.numel():
         return None
+    launched = kernels.can_take(x)
+    if not launched and not (x.is_cpu and cpu_kernels.can_take(x)):
+        return None
     parts, modules = mlp.parts, cast(dict[str, nn.Module], mlp._modules)
-    if kernels.can_take(x):
-        if not _is_right(mlp, x) or _kind(modules[parts.activation]) != parts.kind:
-            return None
-        layers = [modules[name] for name in (*parts.ups, parts.down)]
-        return gpu_mlp.run(mlp, layers, parts, x)
-    if not x.is_cpu or not cpu_kernels.can_take(x) or not _is_right(mlp, x):
-        return None
-    if _kind(modules[parts.activation]) != parts.kind:  # another one since then
-        return None
+    if not _is_right(mlp, x) or _kind(modules[parts.activation]) != parts.kind:
+        return None  # something else than an MLP, or with another activation since then
+    if launched:
+        return gpu_mlp.run(mlp, x)
     made = cpu_decode.run(mlp, x, parts)
     if made is not None:
         return made
@@ -289,19 +287,17 @@ def _in_tiles(mlp: FusedMLP, layers: list[Any], x: Tensor, lead: torch.Size) -> 
     return kept.run(x, lead)
 
 
-class _Tiled(Watched):
+class _Tiled(WatchedLayers):
     """An MLP as the tile unit's kernel wants it, until a factor or a bias changes."""
 
     def __init__(self, mlp: FusedMLP, layers: list[Any], x: Tensor) -> None:
-        super().__init__()
-        counted = self.layers(mlp, layers)
-        self._formed = [(x, x.formed()) for x in layers if isinstance(x, KroneckerLinear)]
+        super().__init__(mlp, layers)
         # For some numbers of tokens these are fewer products, which are not for the tile unit.
-        groups: list[Any] = [g for x, w in self._formed if w is None for g in x.groups]
+        groups: list[Any] = [g for x, w in self.formed if w is None for g in x.groups]
         self._several = [group for group in groups if group.terms > 1]
         routes = [route for layer in layers if (route := _route(layer)) is not None]
         self._tiles: cpu_tiles.Tiles | None = None
-        if counted and _meet(routes, layers, x) and _follows(routes[-1], routes[0]):
+        if self.counted and _meet(routes, layers, x) and _follows(routes[-1], routes[0]):
             self._plan(routes, [layer.bias for layer in layers], mlp.parts.kind)
 
     def _plan(self, routes: list[Route], biases: list[Tensor | None], kind: int) -> None:
@@ -334,10 +330,6 @@ class _Tiled(Watched):
         down = cpu_tiles.Matrix(cpu_tiles.Product(weight, features), outer, read.slices_of(bias))
         tiles = cpu_tiles.Tiles(inputs, ups, kind, inner, down, enters, between)
         self._tiles, self._inputs = (tiles if tiles.fits else None), inputs
-
-    def unchanged(self) -> bool:
-        """Whether factors and biases have the numbers that they had."""
-        return super().unchanged() and all(x.formed() is w for x, w in self._formed)
 
     def run(self, x: Tensor, lead: torch.Size) -> Tensor | None:
         """Tokens (T, n) to (*lead, m), or None where something else is to be done."""

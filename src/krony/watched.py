@@ -54,18 +54,6 @@ class Watched:
             for held in ("small", "scalars", "order"):
                 self.tensor(group, held)
 
-    def layers(self, owner: nn.Module, layers: list[Any]) -> bool:
-        """A module's children and all numbers of its layers; whether these count their changes."""
-        for name in owner._modules:
-            self.child(owner, name)
-        for layer in layers:
-            self.tensor(layer, "bias")
-            self.factors(layer)
-        if any(tensor.is_inference() for tensor in self.tensors):
-            return False
-        self.numbers()
-        return True
-
     def numbers(self) -> None:
         """Not only are the tensors to be the same, but the numbers in them."""
         self._versions = [(tensor, tensor._version) for tensor in self.tensors]
@@ -87,6 +75,33 @@ class Watched:
 
     def __reduce__(self) -> Any:  # a copy of the modules has tensors of its own
         return type(None), ()
+
+
+class WatchedLayers(Watched):
+    """Something that depends on a module's children and on all numbers of its layers.
+
+    Args:
+        owner: the module. layers: `KroneckerLinear` or others, some of its children.
+    Attributes:
+        counted: whether the numbers count their changes.
+        formed: the layers with factors, and the W that each keeps, or None.
+    """
+
+    def __init__(self, owner: nn.Module, layers: list[Any]) -> None:
+        super().__init__()
+        for name in owner._modules:
+            self.child(owner, name)
+        for layer in layers:
+            self.tensor(layer, "bias")
+            self.factors(layer)
+        self.counted = not any(tensor.is_inference() for tensor in self.tensors)
+        if self.counted:
+            self.numbers()
+        self.formed = [(x, x.formed()) for x in layers if "groups" in x._modules]
+
+    def unchanged(self) -> bool:
+        """Whether factors and biases have the numbers that they had."""
+        return super().unchanged() and all(layer.formed() is w for layer, w in self.formed)
 
 
 class Formed(Watched):
