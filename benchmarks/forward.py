@@ -26,6 +26,7 @@ from krony import evaluate, mlp
 from krony.activations import TanhGELU
 from krony.checkpoints import write_file, write_json
 from krony.layers import KroneckerGroup, KroneckerLinear
+from krony.runtimes import recorded
 from krony.speed import keep_memory
 
 matplotlib.use("Agg")
@@ -141,16 +142,10 @@ def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return torch.compile(run)
 
 
-def recorded(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Any]:
+@torch.inference_mode()
+def replayed(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Any]:
     """The same work on the same x as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        run(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        run(x)
+    graph = recorded(lambda: run(x))
     return lambda _: graph.replay()
 
 
@@ -241,8 +236,12 @@ def table(rows: list[dict[str, Any]], what: str, threads: int, dtype: str) -> st
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path, gpu: str) -> None:
-    """Speed against dense by tokens, a line a scheme, for the stack in the first setting."""
+def draw(rows: list[dict[str, Any]], path: Path, gpu: str, graphs: bool) -> None:
+    """Speed against dense by tokens, a line a scheme, for the stack in the first setting.
+
+    Args:
+        gpu: its name, or "none". graphs: whether the runs were CUDA graphs.
+    """
     stacks = [r for r in rows if r["what"] == "stack"]
     if not stacks:
         return
@@ -263,7 +262,7 @@ def draw(rows: list[dict[str, Any]], path: Path, gpu: str) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:g}x")
     axis.set_xticks(sorted({r["tokens"] for r in stacks}))
-    where = f"{threads} thread(s)" if gpu == "none" else f"CUDA graphs on an {gpu}"
+    where = f"{threads} thread(s)" if gpu == "none" else f"{'CUDA graphs on ' * graphs}an {gpu}"
     axis.set_title(f"A stack of GPT-2 small's MLPs, {dtype}, {where}")
     axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.tight_layout()
@@ -292,6 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()  # else the times are those of fresh pages, of whichever model comes first
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    graphs = device == "cuda" and not (arguments.eager or arguments.compile)
     ways = () if arguments.compile else arguments.ways
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
@@ -309,8 +309,8 @@ def main() -> None:
                         runs = {name: make(layers) for name, layers in every.items()}
                         if arguments.compile:
                             runs = {name: compiled(run) for name, run in runs.items()}
-                        elif device == "cuda" and not arguments.eager:
-                            runs = {name: recorded(run, x) for name, run in runs.items()}
+                        elif graphs:
+                            runs = {name: replayed(run, x) for name, run in runs.items()}
                         taken = seconds(runs, x, arguments.seconds, arguments.rounds)
                         cell = {
                             "dtype": dtype,
@@ -326,9 +326,10 @@ def main() -> None:
             for what in arguments.what:
                 print(table(rows, what, threads, dtype))
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    record = {"settings": settings, "rows": rows, "environment": evaluate.environment()}
+    record: dict[str, Any] = {"settings": settings, "rows": rows}
+    record["environment"] = evaluate.environment()
     write_json(arguments.out, record)
-    draw(rows, arguments.out.with_suffix(".png"), evaluate.environment()["gpu"])
+    draw(rows, arguments.out.with_suffix(".png"), record["environment"]["gpu"], graphs)
 
 
 if __name__ == "__main__":

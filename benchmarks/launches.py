@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from krony import cpu_kernels, evaluate
 from krony.checkpoints import DTYPES, write_json
 from krony.kernels import MAX_TOKENS, Step
+from krony.runtimes import recorded
 from krony.triton_kernels import launch
 
 # (m1, n1, m2, n2), whether slices are mixed, matrices, activation, slices that the next one reads.
@@ -72,15 +73,7 @@ def step(name: str, dtype: torch.dtype) -> Step:
 
 def microseconds(jobs: list[Callable[[], Any]]) -> float:
     """Of one of them, all recorded in one CUDA graph."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        jobs[0]()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for job in jobs:
-            job()
+    graph = recorded(lambda: [job() for job in jobs])
     graph.replay()
     taken = []
     for _ in range(REPEATS):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
@@ -53,6 +54,13 @@ def tiny(family: str, **changes: object) -> hf.PreTrainedModel:
     for name, value in changes.items():
         setattr(config, name, value)
     return hf.AutoModelForCausalLM.from_config(config).eval()
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+launches = pytest.mark.skipif(
+    KERNEL_DEVICE == "cpu" and not INTERPRETED, reason="run by test_under_the_interpreter"
+)
 
 
 def in_the_interpreter(file: str) -> None:

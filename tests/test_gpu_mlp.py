@@ -3,22 +3,16 @@
 As in test_kernels.py, on a CPU the tests that launch a kernel run in a process of their own.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import in_the_interpreter
+from helpers import INTERPRETED, in_the_interpreter, launches
+from helpers import KERNEL_DEVICE as DEVICE
 from krony import KroneckerGroup, KroneckerLinear, gpu_mlp, kernels, mlp
 from krony.activations import TanhGELU
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-launches = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="run by test_under_the_interpreter"
-)
 MODEL, HIDDEN = 24, 48
 
 

@@ -4,21 +4,15 @@ The interpreter has to be asked for before Triton is imported, so on a CPU the t
 kernel run in a process of their own, which `test_under_the_interpreter` starts.
 """
 
-import os
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import dense_sum, in_the_interpreter
+from helpers import INTERPRETED, dense_sum, in_the_interpreter, launches
+from helpers import KERNEL_DEVICE as DEVICE
 from krony import KroneckerGroup, KroneckerLinear, kernels, kron, products
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-launches = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="run by test_under_the_interpreter"
-)
 
 # (large, small, terms, tokens): by element and by tile, sides that fill no block, several blocks of
 # m1, of n1 and of tokens, vectors.

@@ -113,14 +113,8 @@ class Runner:
     def _record(self, ids: Tensor, cache: Cache) -> _Recorded:
         step = torch.compile(self.model.forward, dynamic=False)
         token = self._next(self.model.forward, ids, cache)
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):  # compiles, and lets libraries take the memory they need
-            self._next(step, token, cache)
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            token.copy_(self._next(step, token, cache))
+        with torch.cuda.device(self.device):
+            graph = recorded(lambda: token.copy_(self._next(step, token, cache)))
         return graph, token, cache
 
     def _next(self, forward: Callable[..., Any], ids: Tensor, cache: Cache) -> Tensor:
@@ -146,6 +140,20 @@ class Runner:
         """Seconds of a forward over a prompt (b, t) that fills a cache, up to the next token."""
         cache = DynamicCache(config=self.model.config)
         return timed(lambda: self._next(self.model.forward, ids, cache), self.device)
+
+
+def recorded(job: Callable[[], Any]) -> "torch.cuda.CUDAGraph":
+    """A job as a CUDA graph on the current device, after one run that compiles what it needs and
+    lets libraries take their memory."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        job()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph
 
 
 def compile_report() -> dict[str, int]:
