@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import krony
-from krony.evaluate import environment
-from krony.schemes import SCHEMES
+from krony.maths.schemes import SCHEMES
+from krony.measure.evaluate import environment
 
 
 def main() -> None:

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony import evaluate, mlp
-from krony.activations import TanhGELU
-from krony.checkpoints import write_file, write_json
-from krony.layers import KroneckerGroup, KroneckerLinear
-from krony.runtimes import recorded
-from krony.speed import keep_memory
+from krony.hf.checkpoints import write_file, write_json
+from krony.measure import evaluate
+from krony.measure.memory import keep_memory
+from krony.measure.runtimes import recorded
+from krony.nn import mlp
+from krony.nn.activations import TanhGELU
+from krony.nn.layers import KroneckerGroup, KroneckerLinear
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,14 +19,17 @@ import transformers
 
 import krony
 import starts
-from krony import blocks, calibrate, curves, data, evaluate
-from krony.budget import make_budget_plan
-from krony.checkpoints import write_json, write_text
-from krony.docstrings import installed, python_docstrings
-from krony.factorise import DATA
-from krony.limits import parse_count
-from krony.recipe import RECIPES, Recipe, Stage
-from krony.speed import keep_memory
+from krony.compression import calibrate
+from krony.compression.budget import make_budget_plan
+from krony.compression.factorise import DATA
+from krony.compression.limits import parse_count
+from krony.healing import curves
+from krony.healing.recipe import RECIPES, Recipe, Stage
+from krony.hf.checkpoints import write_json, write_text
+from krony.measure import evaluate
+from krony.measure.memory import keep_memory
+from krony.text import blocks, data
+from krony.text.docstrings import installed, python_docstrings
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights

@@ -21,8 +21,9 @@ from scipy.stats import spearmanr
 
 import krony
 import starts
-from krony import calibrate, data, docstrings, evaluate, width
-from krony.budget import (
+from krony.cli.tables import factors_text, narrowed_text
+from krony.compression import calibrate, width
+from krony.compression.budget import (
     Matrix,
     Prices,
     balanced_shapes,
@@ -32,14 +33,15 @@ from krony.budget import (
     widths,
     with_units,
 )
-from krony.checkpoints import write_json
-from krony.factorise import DATA
-from krony.families import Target, dense_weight, find_targets, mlps
-from krony.fit import is_low_rank, low_rank_harm
-from krony.limits import Candidate, Currency, choose
-from krony.plan import MatrixPlan
-from krony.sequential import DataOptions
-from krony.tables import factors_text, narrowed_text
+from krony.compression.factorise import DATA
+from krony.compression.limits import Candidate, Currency, choose
+from krony.compression.sequential import DataOptions
+from krony.hf.checkpoints import write_json
+from krony.hf.families import Target, dense_weight, find_targets, mlps
+from krony.hf.plan import MatrixPlan
+from krony.maths.fit import is_low_rank, low_rank_harm
+from krony.measure import evaluate
+from krony.text import data, docstrings
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of each held-out text

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from krony import cpu_kernels, evaluate
-from krony.checkpoints import DTYPES, write_json
-from krony.kernels import MAX_TOKENS, Step
-from krony.runtimes import recorded
-from krony.triton_kernels import launch
+from krony.hf.checkpoints import DTYPES, write_json
+from krony.measure import evaluate
+from krony.measure.runtimes import recorded
+from krony.nn.cpu import kernels as cpu_kernels
+from krony.nn.gpu.step import Step
+from krony.nn.gpu.triton_kernels import launch
+from krony.nn.kernels import MAX_TOKENS
 
 # (m1, n1, m2, n2), whether slices are mixed, matrices, activation, slices that the next one reads.
 STEPS: dict[str, tuple[tuple[int, int, int, int], bool, int, int, int]] = {

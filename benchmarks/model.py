@@ -17,15 +17,17 @@ import torch
 import transformers
 
 import krony
-from krony import activations, bench, evaluate, info, mlp, modeling
-from krony.budget import LOW_RANK_PARTS, low_rank, mixed
-from krony.checkpoints import DTYPES, write_json
-from krony.families import find_targets
-from krony.plan import Plan, matrix_plan
-from krony.runtimes import Runner
-from krony.schemes import Factors
-from krony.speed import keep_memory
-from krony.tables import times
+from krony.compression.budget import LOW_RANK_PARTS, low_rank, mixed
+from krony.hf import modeling
+from krony.hf.checkpoints import DTYPES, write_json
+from krony.hf.families import find_targets
+from krony.hf.plan import Plan, matrix_plan
+from krony.maths.schemes import Factors
+from krony.measure import bench, evaluate, info
+from krony.measure.bench import times
+from krony.measure.memory import keep_memory
+from krony.measure.runtimes import Runner
+from krony.nn import activations, mlp
 
 MIXED = partial(mixed, part=LOW_RANK_PARTS[-1])
 # As transformers runs it, with the activation in eight operations; the others have it in one.

@@ -14,9 +14,11 @@ import torch
 import transformers
 
 import krony
-from krony import checkpoints, data, evaluate
-from krony.packing import FORMS
-from krony.tables import megabytes
+from krony.cli.tables import megabytes
+from krony.hf import checkpoints
+from krony.measure import evaluate
+from krony.nn.packing import FORMS
+from krony.text import data
 
 
 def main() -> None:

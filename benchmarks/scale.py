@@ -18,14 +18,15 @@ import torch
 import transformers
 
 import krony
-from krony import calibrate, fit, limits, width
-from krony.budget import Matrix, balanced_shapes, mixed, price, sized, with_units
-from krony.checkpoints import write_json
-from krony.evaluate import environment
-from krony.factorise import DATA
-from krony.families import Target, dense_weight, find_targets
-from krony.plan import Plan, matrix_plan
-from krony.speed import peak_bytes
+from krony.compression import calibrate, limits, width
+from krony.compression.budget import Matrix, balanced_shapes, mixed, price, sized, with_units
+from krony.compression.factorise import DATA
+from krony.hf.checkpoints import write_json
+from krony.hf.families import Target, dense_weight, find_targets
+from krony.hf.plan import Plan, matrix_plan
+from krony.maths import fit
+from krony.measure.evaluate import environment
+from krony.measure.memory import peak_bytes
 
 PARTS = ("moments", "planning", "algebra", "following")
 WINDOWS, BLOCKS = 128, 12

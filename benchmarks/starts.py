@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 import krony
-from krony.factorise import DATA
-from krony.families import Target, find_targets
-from krony.plan import matrix_plan
+from krony.compression.factorise import DATA
+from krony.hf.families import Target, find_targets
+from krony.hf.plan import matrix_plan
 
 WEIGHTS_ONLY = krony.DataOptions(sequential=False, gradients=False)
 SMALL = {0.5: (2, 1), 0.25: (2, 2)}  # the paper's kind of factors, by the share that they leave

@@ -20,13 +20,16 @@ import transformers
 
 import krony
 import starts
-from krony import calibrate, data, docstrings, evaluate, tables
-from krony.budget import balanced_shapes, make_budget_plan, sized
-from krony.checkpoints import write_json
-from krony.factorise import DATA, collect
-from krony.families import Target, find_targets
-from krony.info import parameters
-from krony.plan import Plan, matrix_plan
+from krony.cli import tables
+from krony.compression import calibrate
+from krony.compression.budget import balanced_shapes, make_budget_plan, sized
+from krony.compression.factorise import DATA, collect
+from krony.hf.checkpoints import write_json
+from krony.hf.families import Target, find_targets
+from krony.hf.plan import Plan, matrix_plan
+from krony.measure import evaluate
+from krony.measure.info import parameters
+from krony.text import data, docstrings
 
 SHARES = {"quarter": 0.25, "half": 0.5}
 WHOLE = 0.6  # of the model's parameters

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 import krony
 from forward import kron_weight
-from krony import activations, evaluate
-from krony.checkpoints import write_json
-from krony.layers import KroneckerLinear
-from krony.objective import Objective, returning_loss
-from krony.speed import fastest_dtype, flops_per_token, keep_memory, peak_bytes
+from krony.healing.objective import Objective, returning_loss
+from krony.healing.speed import fastest_dtype, flops_per_token
+from krony.hf.checkpoints import write_json
+from krony.measure import evaluate
+from krony.measure.memory import keep_memory, peak_bytes
+from krony.nn import activations
+from krony.nn.layers import KroneckerLinear
 from model import STOCK
 
 # Whether A is first, as in the paper.

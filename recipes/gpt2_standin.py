@@ -28,10 +28,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase
 
 import krony
-from krony import checkpoints, curves, data, evaluate
-from krony.checkpoints import write_json
-from krony.objective import Objective
-from krony.speed import fastest_dtype, flops_per_token, peak_bytes
+from krony.healing import curves
+from krony.healing.objective import Objective
+from krony.healing.speed import fastest_dtype, flops_per_token
+from krony.hf import checkpoints
+from krony.hf.checkpoints import write_json
+from krony.measure import evaluate
+from krony.measure.memory import peak_bytes
+from krony.text import data
 from pretraining import (
     Windows,
     fresh_sibling,

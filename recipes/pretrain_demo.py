@@ -135,7 +135,7 @@ def prepare(folder: Path, seed: int) -> None:
     if folder.exists():
         return
     # Imported here because a run that goes on has its data already.
-    from krony.docstrings import documents, held_out_topics
+    from krony.text.docstrings import documents, held_out_topics
 
     temporary = fresh_sibling(folder)
     found = documents()

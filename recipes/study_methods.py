@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import krony
-from krony import calibrate, families, info, schemes
-from krony.budget import balanced_shapes, make_budget_plan, sized
-from krony.calibrate import Inputs, Moments
-from krony.factorise import DATA
-from krony.families import Target, find_targets
-from krony.plan import Plan, matrix_plan
+from krony.compression import calibrate
+from krony.compression.budget import balanced_shapes, make_budget_plan, sized
+from krony.compression.calibrate import Inputs, Moments
+from krony.compression.factorise import DATA
+from krony.hf import families
+from krony.hf.families import Target, find_targets
+from krony.hf.plan import Plan, matrix_plan
+from krony.maths import schemes
+from krony.measure import info
 
 SIZES = {
     **{name: schemes.SCHEMES[name] for name in ("96M", "81M", "80M-2", "92M-4")},

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from krony.checkpoints import write_text
+from krony.hf.checkpoints import write_text
 
 Record = dict[str, Any]
 

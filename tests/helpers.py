@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import krony
-from krony.data import load_text
+from krony.text.data import load_text
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}

@@ -14,8 +14,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from krony.cli import main
-from krony.training import Watch
+from krony.cli.app import main
+from krony.healing.training import Watch
 
 prepare, step_end = PartialState.__init__, Watch.on_step_end
 

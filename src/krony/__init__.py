@@ -11,20 +11,20 @@ import logging
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from krony import kernels
-from krony.budget import BudgetPlan, make_budget_plan
-from krony.calibrate import calibration_windows
-from krony.checkpoints import load_model, load_tokenizer, save_model
+from krony.compression.budget import BudgetPlan, make_budget_plan
+from krony.compression.calibrate import calibration_windows
+from krony.compression.factorise import INITS, compress
+from krony.compression.sequential import DataOptions
 from krony.errors import KronyError
-from krony.evaluate import perplexity
-from krony.factorise import INITS, compress
-from krony.heal import HealConfig, HealRecord, heal
-from krony.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.modeling import KroneckerConfig, form
-from krony.plan import MatrixPlan, Plan, make_plan
-from krony.quantize import quantize
-from krony.schemes import SCHEMES, Factors
-from krony.sequential import DataOptions
+from krony.export.quantize import quantize
+from krony.healing.heal import HealConfig, HealRecord, heal
+from krony.hf.checkpoints import load_model, load_tokenizer, save_model
+from krony.hf.modeling import KroneckerConfig, form
+from krony.hf.plan import MatrixPlan, Plan, make_plan
+from krony.maths.schemes import SCHEMES, Factors
+from krony.measure.evaluate import perplexity
+from krony.nn import kernels
+from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 
 KroneckerGroup.fused = KroneckerLinear.fused = kernels
 

@@ -1,6 +1,6 @@
 """python -m krony."""
 
-from krony.cli import main
+from krony.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony import calibrate, checkpoints, data, evaluate, info
-from krony.budget import make_budget_plan
-from krony.factorise import DATA, INITS, compress
-from krony.kron import Shape
-from krony.plan import Plan, make_plan
+from krony.compression import calibrate
+from krony.compression.budget import make_budget_plan
+from krony.compression.factorise import DATA, INITS, compress
+from krony.hf import checkpoints
+from krony.hf.plan import Plan, make_plan
+from krony.maths.kron import Shape
+from krony.measure import evaluate, info
+from krony.text import data
 
 PROMPT = "Return the number of"
 # Small factors: a half of the MLP parameters (hidden axis halved) and a quarter (both halved).

@@ -1,0 +1,218 @@
+"""The command line: each command is a few lines over functions of the library."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+
+from krony.cli import tables
+from krony.cli.bench import bench_command
+from krony.cli.compress import compress_command, plan_command
+from krony.cli.export import export_command, quantize_command
+from krony.cli.heal import heal_command
+from krony.cli.options import (
+    Device,
+    Dtype,
+    DtypeOption,
+    JsonFile,
+    Source,
+    err,
+    out,
+    progress_bar,
+)
+from krony.errors import KronyError
+from krony.hf import checkpoints
+from krony.maths import schemes
+from krony.measure import evaluate, info
+from krony.measure.memory import keep_memory
+from krony.text import data
+
+app = typer.Typer(
+    help="Smaller transformers with Kronecker products.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command("schemes")
+def schemes_command(
+    hidden: Annotated[int, typer.Option(help="Width of the MLP's hidden axis.")] = 3072,
+    model: Annotated[int, typer.Option(help="Width of the model axis.")] = 768,
+    terms: Annotated[int, typer.Option(help="Kronecker products that are summed.")] = 1,
+    everything: Annotated[bool, typer.Option("--all", help="Also shapes of lower rank.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The design space of one matrix: shapes, rank, parameters, multiply-adds."""
+    if min(hidden, model, terms) < 1:
+        raise KronyError(f"sizes and terms must be at least 1, not {hidden}, {model} and {terms}")
+    rows = [schemes.describe(f) for f in schemes.design_space((hidden, model), terms)]
+    rows = [row for row in rows if everything or row["full_rank"]]
+    named: dict[tuple[int, ...], str] = {}
+    if (hidden, model) == (schemes.GPT2_HIDDEN, schemes.GPT2_MODEL):
+        named = {(*s.shape, s.terms): s.name for s in schemes.SCHEMES.values()}
+    if as_json:
+        named_totals = {
+            s.name: schemes.gpt2_total(s.shape, s.terms, s.scalars)
+            for s in schemes.SCHEMES.values()
+        }
+        print(json.dumps({"space": rows, "gpt2": named_totals}, indent=2))
+        return
+    if not rows:
+        raise KronyError(f"no shape of {hidden}x{model} has {terms} independent terms; use fewer")
+    out.print(tables.space_table(rows, named))
+    out.print(
+        f"\n{len(rows)} shapes of {hidden}x{model}"
+        + ("." if everything else " of full rank; --all lists the others too.")
+    )
+    if named:
+        paper = tables.table("\nThe paper's models of GPT-2", "name", "A", "terms", "parameters")
+        paper.add_column("note", justify="left")
+        for s in schemes.SCHEMES.values():
+            total = schemes.gpt2_total(s.shape, s.terms, s.scalars)
+            count = f"{s.terms}" + (" with scalars" if s.scalars else "")
+            paper.add_row(s.name, tables.sides(s.shape), count, f"{total:,}", s.note)
+        out.print(paper)
+
+
+app.command("plan")(plan_command)
+app.command("compress")(compress_command)
+app.command("heal")(heal_command)
+app.command("bench")(bench_command)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    source: Source,
+    against: Annotated[str | None, typer.Option(help="A second model, measured too.")] = None,
+    data_name: Annotated[
+        str,
+        typer.Option("--data", help=f"{', '.join(data.TEXTS)}, a .txt or a .jsonl file."),
+    ] = "wikitext2",
+    window: Annotated[int | None, typer.Option(help="Default: 1024, or the context.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Default: the window.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere.")
+    ] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Perplexity on a text, token-weighted, with its protocol."""
+    keep_memory()
+    text = data.load_text(data_name)
+    results = {}
+    for name in [source] if against is None else [source, against]:
+        model = _load(name, dtype, device)
+        tokenizer = checkpoints.load_tokenizer(name)
+        ids = evaluate.tokenize(tokenizer, text)
+        with progress_bar() as bar:
+            task = bar.add_task(name, total=None)
+            results[name] = evaluate.perplexity(
+                model,
+                ids,
+                text,
+                window,
+                stride,
+                lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+            )
+    out.print(tables.perplexity_table(results))
+    if json_file is not None:
+        figures = {name: result.to_dict() for name, result in results.items()}
+        record = {"environment": evaluate.environment(), "results": figures}
+        checkpoints.write_json(json_file, record)
+        out.print(f"Wrote {json_file}")
+
+
+app.command("export")(export_command)
+app.command("quantize")(quantize_command)
+
+
+@app.command("generate")
+def generate_command(
+    source: Source,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    dtype: DtypeOption = None,
+    device: Device = None,
+) -> None:
+    """Let a model go on from a prompt."""
+    model, tokenizer = _load(source, dtype, device), checkpoints.load_tokenizer(source)
+    text = evaluate.generate(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+    out.print(text, markup=False, soft_wrap=True)
+
+
+@app.command("info")
+def info_command(
+    source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Per matrix: shapes, terms, parameters, norm kept; in total: parameters, bytes, the saving."""
+    figures = info.model_info(checkpoints.load_model(source))
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    out.print(tables.info_table(figures))
+    total, dense = figures["parameters"], figures["dense_parameters"]
+    line = f"\n{total:,} parameters, {tables.megabytes(figures['bytes'])} in {figures['dtype']}"
+    if figures["quantised"]:
+        line += f" and {figures['quantised']}"
+    if figures["factored"]:
+        line += f"; dense {dense:,}: {tables.percent(1 - total / dense)} saved"
+    out.print(line)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option("--out", help="Folder for the figures.")] = Path(
+        "krony-demo"
+    ),
+) -> None:
+    """Compress the packaged model in every way, measure each, and draw the result."""
+    from krony.demo import run
+
+    with progress_bar() as bar:
+        task = bar.add_task("Demo", total=None)
+        record = run(
+            output, lambda what, i, n: bar.update(task, description=what, completed=i, total=n)
+        )
+    out.print(tables.demo_table(record))
+    out.print(f"\nAfter {record['prompt']!r}:", markup=False)
+    for row in record["rows"]:
+        out.print(f"  {row['name']}: {row['text']!r}", markup=False, soft_wrap=True)
+    out.print(f"\nWrote {output / 'demo.json'} and {output / 'demo.png'}")
+
+
+def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.PreTrainedModel:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is not None:
+        return checkpoints.load_model(source, checkpoints.DTYPES[dtype.value], device)
+    # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
+    wanted = torch.float32 if device == "cpu" else None
+    return checkpoints.load_model(source, wanted, device)
+
+
+def main() -> None:
+    """Run a command; bad input ends in one sentence and exit code 2."""
+    # krony speaks for itself: transformers' loading bars and hints would bury its output.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
+    try:
+        app()
+    except KronyError as error:
+        err.print(f"krony: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""krony quantize and krony export: a model for other uses."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import torch
+import typer
+
+from krony.cli import tables
+from krony.cli.options import Destination, DtypeOption, Source, out
+from krony.errors import KronyError
+from krony.export import export
+from krony.export.quantize import quantize
+from krony.hf import checkpoints
+from krony.hf.modeling import config_of, quantised_of
+from krony.measure import info
+from krony.nn.packing import FORMS
+
+Quantity = StrEnum("Quantity", {form: form for form in FORMS})  # type: ignore[misc]
+DEFAULT_QUANTITY = Quantity(FORMS[0])
+
+
+class Form(StrEnum):
+    """What `krony export` can write."""
+
+    dense = "dense"
+    onnx = "onnx"
+    self_contained = "self-contained"
+
+
+def quantize_command(
+    source: Source,
+    destination: Destination,
+    to: Annotated[
+        Quantity,
+        typer.Option(
+            help="int8: weights, a scale a row; int8-dynamic: inputs too, while the model runs; "
+            "int4: weights, a scale for about 32 numbers."
+        ),
+    ] = DEFAULT_QUANTITY,
+    dtype: DtypeOption = None,
+) -> None:
+    """Quantise the large factors of a factored model, or the MLPs of a dense one, with torchao."""
+    checkpoints.check_destination(destination)
+    tokenizer = checkpoints.find_tokenizer(source)
+    wanted = checkpoints.DTYPES[dtype.value] if dtype else None
+    model = checkpoints.load_model(source, wanted)
+    before = info.model_bytes(model)
+    quantize(model, to.value)
+    checkpoints.save_model(model, destination, tokenizer)
+    quantised = quantised_of(model)
+    assert quantised is not None
+    for name, reason in quantised.kept.items():
+        out.print(f"{name} stays as it is: {reason}", markup=False)
+    size = tables.megabytes(checkpoints.directory_bytes(destination))
+    out.print(
+        f"Wrote {destination}: {len(quantised.matrices)} matrices in {to.value}, the parameters "
+        f"{tables.megabytes(before)} before, {tables.megabytes(info.model_bytes(model))} now, "
+        f"{size} on disk"
+    )
+
+
+def export_command(
+    source: Source,
+    destination: Destination,
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="dense: an ordinary Hugging Face model; onnx: the factored graph; self-contained: "
+            "with the code that loads it where krony is not installed."
+        ),
+    ] = Form.dense,
+    dtype: DtypeOption = None,
+) -> None:
+    """Write a model for where krony is not installed."""
+    checkpoints.check_destination(destination)
+    tokenizer = checkpoints.find_tokenizer(source)
+    wanted = checkpoints.DTYPES[dtype.value] if dtype else None
+    if to is Form.onnx:
+        model = checkpoints.load_model(source, wanted or torch.float32)
+        difference = export.onnx(model, destination, tokenizer)
+        size = tables.megabytes(checkpoints.directory_bytes(destination, "model.onnx*"))
+        out.print(
+            f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}; "
+            f"logits in onnxruntime and torch differ by {difference:.1e} at most"
+        )
+        return
+    model = checkpoints.load_model(source, wanted if to is Form.self_contained else None)
+    if config_of(model) is None:
+        raise KronyError(f"{source} is a dense model already; there is nothing to fold")
+    if to is Form.dense:
+        model.dequantize(wanted)
+        checkpoints.save_model(model, destination, tokenizer)
+    else:
+        export.self_contained(model, destination, tokenizer)
+    size = tables.megabytes(checkpoints.directory_bytes(destination))
+    out.print(f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}")

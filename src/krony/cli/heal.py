@@ -1,0 +1,239 @@
+"""krony heal: continued training from the command line."""
+
+import os
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import torch
+import typer
+from accelerate import PartialState
+
+from krony.cli.options import Destination, Device, Source, err, out, progress_bar
+from krony.compression.calibrate import SELF, sample
+from krony.compression.limits import parse_count
+from krony.errors import KronyError
+from krony.healing import curves
+from krony.healing.heal import HealConfig, HealRecord, heal
+from krony.healing.recipe import RECIPES
+from krony.hf import checkpoints
+from krony.hf.modeling import config_of
+from krony.measure import evaluate
+from krony.measure.memory import keep_memory
+from krony.text import blocks as blocks_module
+from krony.text.blocks import Blocks
+
+RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+DEFAULT_RECIPE = RecipeName("default")
+
+
+class Freeze(StrEnum):
+    """What `--freeze` can leave as it is."""
+
+    none = "none"
+    dense = "dense"
+
+
+def heal_command(
+    source: Source,
+    destination: Destination,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Training text: python-docstrings, openwebtext, wikitext103, a .txt, .jsonl or "
+            ".parquet, a Hub data set, or self: text that the teacher writes. May be repeated."
+        ),
+    ],
+    tokens: Annotated[str, typer.Option(help="To train on: 2M, 300M, 27B.")],
+    teacher: Annotated[str | None, typer.Option(help="The dense model; with it, KL to it.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="ce, kl, features, or a sum such as ce+kl. Default: recipe's."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the KL divergence.")] = 1.0,
+    recipe: Annotated[RecipeName, typer.Option(help="krony-pt is the paper's.")] = DEFAULT_RECIPE,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="Instead of the recipe's.")
+    ] = None,
+    batch_tokens: Annotated[
+        str | None, typer.Option(help="Tokens in a step, instead of the recipe's: 122k.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Default: the model's, at most 1024.")] = None,
+    reconstruct: Annotated[
+        int, typer.Option(help="First fit each MLP to the teacher's by so many steps: 300.")
+    ] = 0,
+    freeze: Annotated[Freeze, typer.Option(help="dense: train the factors only.")] = Freeze.none,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out text. Default: 1 % of the training blocks.")
+    ] = None,
+    eval_every: Annotated[
+        str | None, typer.Option(help="Tokens between evaluations. Default: a twentieth.")
+    ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the text while training, store nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
+    save_minutes: Annotated[float, typer.Option(help="Between checkpoints.")] = 10.0,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of autocast: bfloat16 or float32. Default: the faster.")
+    ] = None,
+    micro_tokens: Annotated[
+        str | None, typer.Option(help="Most tokens in one pass, for little memory: 4k.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third slower.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
+    log_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, …")] = "none",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
+) -> None:
+    """Train a compressed model on; with --teacher towards the dense model's predictions."""
+    keep_memory()
+    state = _processes(device)
+    checkpoints.check_destination(destination)
+    run = destination.with_name(destination.name + ".run")
+    config = HealConfig(
+        tokens=parse_count(tokens, "--tokens") or 0,
+        recipe=recipe.value,
+        loss=loss,
+        temperature=temperature,
+        learning_rate=learning_rate,
+        batch_tokens=parse_count(batch_tokens, "--batch-tokens"),
+        reconstruct=reconstruct,
+        freeze=freeze.value,
+        eval_every=parse_count(eval_every, "--eval-every"),
+        save_minutes=save_minutes,
+        keep=keep,
+        dtype=dtype,
+        micro_tokens=parse_count(micro_tokens, "--micro-tokens"),
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compiled,
+        log_to=log_to,
+        seed=seed,
+    )
+    where = str(state.device)
+    tokenizer = checkpoints.load_tokenizer(source)
+    model = checkpoints.load_model(source, device=where)
+    stored = model.dtype
+    # Trained in float32 whatever the file holds: updates are smaller than half precision resolves.
+    model.float()
+    dense = checkpoints.load_model(teacher, torch.float32, where) if teacher else None
+    window = window or min(1024, evaluate.context_length(model))
+    if not 2 <= window <= evaluate.context_length(model):
+        raise KronyError(
+            f"a window of {window} can't be; the model takes 2 to {evaluate.context_length(model)}"
+        )
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{destination}.logs")
+    with state.main_process_first():
+        training = _training(data, tokenizer, dense, config, window, streaming, seed)
+        if eval_data is None:
+            training, held_out = blocks_module.hold_out(training)
+        else:
+            held_out = blocks_module.load_blocks([eval_data], tokenizer, window)
+            most = min(len(held_out), blocks_module.HELD_OUT_MOST)
+            held_out = held_out.select(range(most))
+    with progress_bar() as bar:
+        task = bar.add_task("Healing", total=None)
+        latest = -1
+
+        def progress(what: str, step: int, steps: int) -> None:
+            nonlocal latest
+            bar.update(task, description=what, completed=step, total=steps)
+            # In a file, a line at each evaluation, the second call at a step, instead of the bar.
+            if bar.disable and step == latest:
+                out.print(f"step {step} of {steps}: {what}")
+            latest = step
+
+        record = heal(
+            model,
+            training,
+            config,
+            run=run,
+            evaluation=held_out,
+            teacher=dense,
+            resume=resume,
+            progress=progress,
+        )
+    if state.is_main_process:
+        if record.sharded:
+            model = checkpoints.load_model(run / "best")
+        model.to(stored)  # type: ignore[arg-type]
+        _write(model, destination, tokenizer, record, data)
+        shutil.rmtree(run)
+        first, last = record.curve[0], record.curve[-1]
+        out.print(
+            f"Held-out loss {first['held_out']:.4f} before, {record.best:.4f} at best, "
+            f"{last['held_out']:.4f} at the end, over {last['tokens']:,} tokens."
+        )
+        for name, (before, after) in record.reconstruction.items():
+            out.print(f"{name}: error {before:.3f} of the variance, reconstructed {after:.3f}")
+        speed = record.speed
+        out.print(
+            f"{speed['tokens_per_second']:,.0f} tokens a second, "
+            f"{speed['flops_per_second'] / 1e9:,.1f} GFLOP/s, "
+            f"peak memory {speed['peak_bytes'] / 1e9:.2f} GB, {record.settings['dtype']}."
+        )
+        out.print(f"Wrote {destination}, with heal.json and heal.png")
+    state.wait_for_everyone()
+
+
+def _processes(device: str | None) -> PartialState:
+    """The processes that a launcher started, or this one alone; on the CPU if asked for."""
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if device not in (None, "cpu", "cuda"):
+        raise KronyError(
+            f"--device {device!r} can't be; give cpu or cuda, and choose among GPUs with "
+            "CUDA_VISIBLE_DEVICES or the launcher"
+        )
+    state = PartialState(cpu=cpu)
+    if not state.is_main_process:
+        out.quiet = err.quiet = True
+    return state
+
+
+def _training(
+    names: list[str],
+    tokenizer: Any,
+    teacher: Any,
+    config: HealConfig,
+    window: int,
+    streaming: bool,
+    seed: int,
+) -> Blocks:
+    if SELF not in names:
+        return blocks_module.load_blocks(names, tokenizer, window, streaming=streaming, seed=seed)
+    if names != [SELF] or teacher is None:
+        raise KronyError("--data self is text that the teacher writes: alone, and with --teacher")
+    return blocks_module.from_ids(sample(teacher, -(-config.tokens // window) + 1, window, seed))
+
+
+def _write(
+    model: Any, destination: Path, tokenizer: Any, record: HealRecord, names: list[str]
+) -> None:
+    figures = {
+        "data": names,
+        "settings": record.settings,
+        "best_held_out": record.best,
+        "curve": record.curve,
+        "reconstruction": record.reconstruction,
+        "speed": record.speed,
+        "processes": PartialState().num_processes,
+        "sharded": record.sharded,
+        "environment": evaluate.environment(),
+    }
+    provenance = config_of(model)
+    if provenance is not None:
+        provenance.provenance["healed"] = {"data": names, **record.settings}
+
+    def also(folder: Path) -> None:
+        checkpoints.write_json(folder / "heal.json", figures)
+        curves.draw({"": record.curve}, folder / "heal.png", "Healing")
+
+    checkpoints.save_model(model, destination, tokenizer, also=also)

@@ -1,0 +1,1 @@
+"""From a calibration text to factors: moments, prices, budgets, fits."""

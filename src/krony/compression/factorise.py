@@ -1,0 +1,389 @@
+"""Initialisation: from a dense matrix to factors, and the in-place compression of a model."""
+
+import copy
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from krony.compression import calibrate, embedding, width
+from krony.compression.calibrate import Moments
+from krony.compression.embedding import RowMetric
+from krony.compression.sequential import DataOptions, Fitted, fit_plan
+from krony.errors import KronyError
+from krony.hf.families import Target, dense_weight, find_targets
+from krony.hf.modeling import (
+    Factored,
+    KroneckerConfig,
+    Plain,
+    attach,
+    build_layer,
+    config_of,
+    install,
+    plain_layer,
+    quantised_of,
+)
+from krony.hf.plan import MatrixPlan, Plan
+from krony.maths import kron
+from krony.maths.schemes import Factors
+from krony.nn.layers import KroneckerLinear
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Known = Moments | RowMetric  # what calibration found out about one matrix
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The factors of one group, float64: A (R, m1, n1), B (R, m2, n2), and s (R,)."""
+
+    large: Tensor
+    small: Tensor
+    scalars: Tensor
+
+    @classmethod
+    def from_layout(cls, factors: Factors, outer: Tensor, inner: Tensor) -> "Terms":
+        """Sort outer and inner factors into large and small."""
+        large, small = kron.in_order(outer, inner, factors.layout)
+        ones = torch.ones(factors.terms, dtype=torch.float64, device=outer.device)
+        return cls(large, small, ones)
+
+    def ordered(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """(outer, inner), the scalars multiplied in."""
+        small = self.small * self.scalars[:, None, None]
+        return kron.in_order(self.large, small, factors.layout)
+
+    def scaled(self, alpha: float) -> "Terms":
+        """Every term times alpha, carried by the scalars."""
+        return Terms(self.large, self.small, self.scalars * alpha)
+
+
+def van_loan(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Nearest in the Frobenius norm; each further group is fitted to what the others leave."""
+    found, rest = [], weight
+    for factors in matrix.groups:
+        outer, inner = kron.van_loan(rest, *factors.sides, factors.terms, seed)
+        found.append(Terms.from_layout(factors, outer, inner))
+        if len(matrix.groups) > 1:
+            rest = rest - kron.to_dense(outer, inner)
+    return found
+
+
+def van_loan_scaled(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Van Loan times α = ‖W‖/‖Ŵ‖ (Krony-PT, section III-F); with scalars, s_r = α."""
+    found = van_loan(weight, matrix, seed)
+    kept = float(_dense(found, matrix).norm())
+    alpha = float(weight.norm()) / kept if kept > 0 else 1.0
+    return [terms.scaled(alpha) for terms in found]
+
+
+def prune(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Keep one row or column of every block, 0.1 of it elsewhere (Krony-PT, section III-G)."""
+    if len(matrix.groups) != 1 or matrix.groups[0].terms != 1:
+        raise KronyError(
+            f"the prune initialisation is one term of one shape, and the plan gives {matrix.name} "
+            f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
+        )
+    (factors,) = matrix.groups
+    pair = kron.prune(weight, *factors.sides, factors.layout == "small-outer")
+    return [Terms.from_layout(factors, *pair)]
+
+
+def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
+    """Gaussian factors with the norm of the dense matrix: the floor that others must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for factors in matrix.groups:
+        outer, inner = (
+            torch.randn(factors.terms, *side, generator=generator, dtype=torch.float64)
+            for side in factors.sides
+        )
+        found.append(Terms.from_layout(factors, outer.to(weight.device), inner.to(weight.device)))
+    scale = float(weight.norm() / _dense(found, matrix).norm()) ** 0.5
+    return [Terms(t.large * scale, t.small * scale, t.scalars) for t in found]
+
+
+Initialisation = Callable[[Tensor, MatrixPlan, int], list[Terms]]
+INITS: dict[str, Initialisation] = {
+    "van-loan": van_loan,
+    "van-loan-scaled": van_loan_scaled,
+    "prune": prune,
+    "random": random,
+}
+
+
+def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
+    return kron.sum_to_dense([t.ordered(g) for t, g in zip(found, matrix.groups, strict=True)])
+
+
+DATA = "data"
+
+
+def compress(
+    model: Model,
+    plan: Plan,
+    *,
+    init: str = "van-loan",
+    seed: int = 0,
+    calibration: Tensor | None = None,
+    moments: Mapping[str, Known] | None = None,
+    options: DataOptions | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """Replace the planned matrices by Kronecker factors, in place, and return the model.
+
+    All factors are computed in float64 and checked before the first module is replaced, so a
+    model that can't be compressed is left as it was. Equal input gives equal bytes.
+
+    Args:
+        init: a key of `INITS`, or "data": factors of least harm on a calibration text.
+        seed: for "random", for Van Loan of matrices too large for the exact method, and for the
+            labels that "data" samples.
+        calibration: token ids (windows, window), needed by "data"; see
+            `calibrate.calibration_windows`.
+        moments: what `calibrate.calibrate` found on them, if that was done already.
+        options: the ingredients of "data"; default: all.
+        progress: called with (name of the matrix, its number from 1, how many).
+    Raises:
+        KronyError: a planned matrix that the model does not have, has in another shape, or with
+            NaN or Inf in it; an unknown `init`, or one that the plan's shapes rule out.
+    """
+    if init not in (*INITS, DATA):
+        raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
+    before = config_of(model)
+    if before is not None:
+        _check_new(plan, Plan.from_dict(before.plan))
+    if init != DATA and any(matrix.narrowed for matrix in plan.matrices):
+        raise KronyError(
+            f"the plan takes hidden units out, and --init {init} does not say which; use --init "
+            f"{DATA}, or a plan with all of them"
+        )
+    if (quantised := quantised_of(model)) is not None:
+        raise KronyError(
+            f"the model is quantised to {quantised.to}; compress it first, then quantise"
+        )
+    everything = dict(model.named_modules())
+    modules = {
+        matrix.name: _dense_module(everything, matrix, type(model).__name__)
+        for matrix in plan.matrices
+    }
+    if init == DATA:
+        if calibration is None:
+            raise KronyError("the data initialisation needs calibration windows; none were given")
+        options = options or DataOptions()
+        layers, errors = _by_data(model, plan, calibration, moments, options, seed, progress)
+    else:
+        layers, errors = _by_weights(modules, plan, init, seed, progress)
+    provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
+    if before is not None:  # a second pass over other matrices adds to the first
+        provenance["matrices"] = {**before.provenance.get("matrices", {}), **errors}
+        plan = Plan(Plan.from_dict(before.plan).matrices + plan.matrices)
+    for matrix in plan.matrices:
+        if matrix.name in layers:
+            install(model, matrix, layers[matrix.name])
+    attach(model, KroneckerConfig(plan.to_dict(), provenance))
+    return model
+
+
+def _check_new(plan: Plan, before: Plan) -> None:
+    """Raise `KronyError` if a matrix that only lost hidden units, and looks dense, is planned."""
+    done = {matrix.name for matrix in before.matrices if matrix.narrowed}
+    again = next((matrix.name for matrix in plan.matrices if matrix.name in done), None)
+    if again is not None:
+        raise KronyError(
+            f"{again} has lost hidden units already; fold the model to dense first "
+            "(krony export --to dense)"
+        )
+
+
+Layers = dict[str, Factored | Plain]
+Errors = dict[str, dict[str, float]]
+
+
+@torch.no_grad()
+def _by_weights(
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    init: str,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Layers, Errors]:
+    layers: Layers = {}
+    errors: Errors = {}
+    for number, matrix in enumerate(plan.matrices, 1):
+        module = modules[matrix.name]
+        weight = dense_weight(module).detach().double()
+        terms = INITS[init](weight, matrix, seed + number)
+        layers[matrix.name] = _layer(module, matrix, terms)
+        errors[matrix.name] = _measure(weight, layers[matrix.name])
+        if progress is not None:
+            progress(matrix.name, number, len(plan.matrices))
+    return layers, errors
+
+
+def _by_data(
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: Tensor,
+    moments: Mapping[str, Known] | None,
+    options: DataOptions,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Layers, Errors]:
+    work = calibrate.full_precision(model)
+    ends = _ends(work, plan)
+    inner = Plan(tuple(m for m in plan.matrices if m.name not in ends))
+    if moments is None:
+        names = [matrix.name for matrix in inner.matrices]
+        moments = collect(work, calibration, names, list(ends.values()), options.gradients, seed)
+    fitted: dict[str, tuple[Any, float]] = {}
+    embedded = None
+    start = work
+    for matrix in plan.matrices:
+        metric = moments[matrix.name]
+        if isinstance(metric, RowMetric):
+            module = work.get_submodule(matrix.name)
+            weight = dense_weight(module).detach().double().cpu()
+            pairs, harm = embedding.factors(weight, metric, matrix.groups)
+            layer = _install(module, matrix, Fitted(pairs, None, harm))
+            fitted[matrix.name] = layer, harm
+            if matrix.embedding and options.sequential:
+                embedded = copy.deepcopy(work)
+                install(embedded, matrix, copy.deepcopy(layer))
+            if progress is not None:
+                progress(matrix.name, len(fitted), len(plan.matrices))
+    if inner.matrices:
+        within = {n: m for n, m in moments.items() if isinstance(m, Moments)}
+        calibrate.check_tokens(within)
+        narrow = width.narrowed(work, inner, within, options.bias, options.centred)
+        found = fit_plan(
+            work, inner, calibration, narrow, _install, options,
+            progress=progress, embedded=embedded,
+        )  # fmt: skip
+        start = narrow.model
+        fitted |= {name: (layer, fit.harm) for name, (layer, fit) in found.items()}
+    layers: Layers = {}
+    errors: Errors = {}
+    with torch.no_grad():
+        for matrix in plan.matrices:
+            layer, harm = fitted[matrix.name]
+            module = model.get_submodule(matrix.name)
+            weight = dense_weight(module)
+            layers[matrix.name] = layer.to(weight.device, weight.dtype).train(module.training)
+            dense = dense_weight(start.get_submodule(matrix.name)).detach().double()
+            errors[matrix.name] = {
+                **_measure(dense, layers[matrix.name]),
+                "harm": round(harm, 8),
+            }
+    return layers, errors
+
+
+def collect(
+    model: PreTrainedModel,
+    windows: Tensor,
+    names: list[str],
+    ends: list[Target],
+    gradients: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Known]:
+    """What the data initialisation needs to know: of matrices in blocks, and of the ends."""
+    found: dict[str, Known] = {}
+    if ends:
+        found |= embedding.calibrate(model, windows, ends, seed=seed, progress=progress)
+    if names:
+        found |= calibrate.calibrate(
+            model, windows, names, gradients=gradients, seed=seed, progress=progress
+        )
+    return found
+
+
+def _ends(model: PreTrainedModel, plan: Plan) -> dict[str, Target]:
+    """The embedding and the untied output matrix, if they are planned: what no block holds."""
+    names, head = {m.name for m in plan.matrices}, model.get_output_embeddings()
+    modules = [model.get_submodule(name) for name in names]
+    if not any(m.embedding for m in plan.matrices) and not any(m is head for m in modules):
+        return {}
+    return {t.name: t for t in find_targets(model, "embedding") if t.name in names}
+
+
+def _install(module: nn.Module, matrix: MatrixPlan, fitted: Fitted) -> Factored | Plain:
+    """The factored layer with the fitted factors and bias, or the ordinary one with the weight."""
+    if fitted.weight is not None:
+        weight, bias = dense_weight(module), fitted.bias
+        bias = None if bias is None else bias.to(weight)
+        made = plain_layer(fitted.weight.to(weight), bias, matrix.conv1d)
+        return made.train(module.training)
+    terms = [
+        Terms.from_layout(factors, *pair)
+        for factors, pair in zip(matrix.groups, fitted.pairs, strict=True)
+    ]
+    with torch.no_grad():
+        layer = _layer(module, matrix, terms)
+        if fitted.bias is not None and isinstance(layer, KroneckerLinear):
+            layer.bias.copy_(fitted.bias)
+    return layer
+
+
+def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str) -> nn.Module:
+    """The layer that a plan names, checked against the plan; `owner` is the model's class."""
+    module = modules.get(matrix.name)
+    if module is None:
+        near = difflib.get_close_matches(matrix.name, modules, n=3)
+        raise KronyError(
+            f"the plan names {matrix.name}, which {owner} does not have; near "
+            f"names: {', '.join(near) or 'none'}"
+        )
+    if isinstance(module, Factored):
+        raise KronyError(
+            f"{matrix.name} is factored already; fold the model to dense first "
+            "(krony export --to dense)"
+        )
+    if type(module) not in ((nn.Embedding,) if matrix.embedding else (nn.Linear, Conv1D)):
+        kind = "embedding" if matrix.embedding else "linear layer"
+        raise KronyError(
+            f"{matrix.name} is a {type(module).__name__}, not a dense {kind}; compress the "
+            "model before it is quantised or adapted"
+        )
+    matrix.check()
+    weight, planned = dense_weight(module), matrix.dense_shape or matrix.shape
+    if tuple(weight.shape) != tuple(planned):
+        raise KronyError(
+            f"{matrix.name} is {weight.shape[0]}x{weight.shape[1]} in the model and "
+            f"{planned[0]}x{planned[1]} in the plan; make the plan from this model"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise KronyError(
+            f"{matrix.name} has {bad} NaN or Inf among its {weight.numel()} weights; "
+            "repair the checkpoint, it can't be factored"
+        )
+    return module
+
+
+def _layer(module: nn.Module, matrix: MatrixPlan, found: list[Terms]) -> Factored:
+    weight = dense_weight(module)
+    layer = build_layer(matrix, weight.device, weight.dtype)
+    assert isinstance(layer, Factored)
+    for group, terms in zip(layer.groups, found, strict=True):
+        group.set_factors(terms.large, terms.small, terms.scalars)  # type: ignore[operator]
+    if isinstance(layer, KroneckerLinear) and layer.bias is not None:
+        layer.bias.copy_(module.bias)  # type: ignore[arg-type]
+    return layer.train(module.training)
+
+
+def _measure(weight: Tensor, layer: Factored | Plain) -> dict[str, float]:
+    """Relative Frobenius error and share of the norm kept, of the factors as they are stored.
+
+    Where hidden units are gone, of what is left of the dense matrix.
+    """
+    kept = layer.to_dense(torch.float64) if isinstance(layer, Factored) else dense_weight(layer)
+    dense, size = kept.double(), float(weight.norm()) or 1.0
+    return {
+        "relative_error": round(float((weight - dense).norm()) / size, 6),
+        "norm_kept": round(float(dense.norm()) / size, 6),
+    }

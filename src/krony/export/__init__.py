@@ -1,0 +1,1 @@
+"""Directories for where krony is not installed, and quantized ones."""

@@ -1,0 +1,1 @@
+"""Continued training that recovers what compression lost."""

@@ -1,0 +1,1 @@
+"""All that knows transformers: architectures, plans, checkpoints, the loader, replay of blocks."""

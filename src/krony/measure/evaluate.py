@@ -1,0 +1,295 @@
+"""Perplexity, with its protocol written down. Knows nothing of Kronecker products."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from krony.errors import KronyError
+from krony.text.data import Text
+
+# Bytes of float32 logits held at a time: on a CPU larger buffers are slower (fresh pages), on a GPU
+# smaller batches are.
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One measurement.
+
+    Attributes:
+        protocol: "krony-pt" for disjoint windows (stride = window; the first token of each window
+            is not predicted, as in the paper's evaluation), "sliding" for overlapping ones (every
+            token but the first is predicted once, with at least window - stride of context).
+        perplexity: exp of the mean loss over all predicted tokens.
+        chunk_mean: exp of the unweighted mean over windows of the mean loss, the figure in the
+            paper's tables; only under "krony-pt".
+        nats: mean loss in nats a token.
+        tokens: length of the text.
+        predicted: tokens that were predicted.
+    """
+
+    data: str
+    origin: str
+    protocol: str
+    window: int
+    stride: int
+    tokens: int
+    predicted: int
+    windows: int
+    nats: float
+    perplexity: float
+    chunk_mean: float | None
+    dtype: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
+    """The token ids of the whole text, (T,), without special tokens."""
+    # verbose: the tokenizer would warn of a text longer than the model; windows are cut later.
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest window the model was made for, 1024 where it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1024
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first predicted token, end) of each window; every token is predicted once at most."""
+    previous = 0
+    for begin in range(0, max(tokens, 1), stride):
+        end = min(begin + window, tokens)
+        first = max(previous, begin + 1)
+        if end > first:
+            yield begin, first, end
+        previous = end
+        if end == tokens:
+            return
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    text: Text | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Token-weighted perplexity of a causal language model on one long text.
+
+    Args:
+        ids: token ids of the text, (T,).
+        text: for the record only.
+        window: tokens the model sees at once; default 1024, or its context if that is shorter.
+        stride: tokens from one window to the next; default: the window.
+        progress: called with (windows done, windows in all).
+    Raises:
+        KronyError: a window below 2 or beyond the model's context, a stride outside 1 to window,
+            a text shorter than one window, or a loss that is not finite.
+    Source: Krony-PT, section IV-B, whose code takes disjoint windows of 1,024 tokens.
+    """
+    longest = context_length(model)
+    window = min(1024, longest) if window is None else window
+    stride = window if stride is None else stride
+    if not 2 <= window <= longest:
+        raise KronyError(f"a window of {window} tokens can't be: the model takes 2 to {longest}")
+    if not 1 <= stride <= window:
+        raise KronyError(
+            f"a stride of {stride} tokens can't be: it goes from 1 to the window, {window}"
+        )
+    if len(ids) < window:
+        raise KronyError(
+            f"the text has {len(ids)} tokens, fewer than one window of {window}; give a longer "
+            "text or a smaller --window"
+        )
+    spans = list(windows(len(ids), window, stride))
+    batch = max(1, _tokens_at_once(model) // window)
+    started, sums, counts = time.perf_counter(), [], []
+    for start in range(0, len(spans), batch):
+        part = spans[start : start + batch]
+        for length in sorted({end - begin for begin, _, end in part}, reverse=True):
+            same = [span for span in part if span[2] - span[0] == length]
+            for loss, span in zip(_losses(model, ids, same), same, strict=True):
+                kept = loss[span[1] - span[0] - 1 :]
+                sums.append(float(kept.double().sum()))
+                counts.append(len(kept))
+        if progress is not None:
+            progress(start + len(part), len(spans))
+    total, predicted = math.fsum(sums), sum(counts)
+    nats = total / predicted
+    if not math.isfinite(nats):
+        raise KronyError(
+            f"the loss is {nats}: the model overflows in {model.dtype}, or its weights are "
+            "damaged; try --dtype float32"
+        )
+    disjoint = stride == window
+    means = [s / c for s, c in zip(sums, counts, strict=True)]
+    return Perplexity(
+        data=text.name if text else "tokens",
+        origin=text.origin if text else "",
+        protocol="krony-pt" if disjoint else "sliding",
+        window=window,
+        stride=stride,
+        tokens=len(ids),
+        predicted=predicted,
+        windows=len(spans),
+        nats=nats,
+        perplexity=_exp(nats),
+        chunk_mean=_exp(math.fsum(means) / len(means)) if disjoint else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _tokens_at_once(model: PreTrainedModel) -> int:
+    room = LOGIT_BYTES.get(model.device.type, LOGIT_BYTES["cpu"])
+    return room // (4 * model.config.get_text_config().vocab_size)
+
+
+def _exp(nats: float) -> float:
+    # A ruined model can lose more nats a token than a float's exponent holds.
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _losses(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    """Loss of every token after the first in windows of one length: (windows, length - 1)."""
+    rows = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
+    logits = model(input_ids=rows, use_cache=False).logits.float()
+    # The last position has no label; a slice of the logits would copy all of them.
+    labels = F.pad(rows[:, 1:], (0, 1), value=-100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(rows.shape)[:, :-1]
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """How well the last word of passages is predicted from the rest, as LAMBADA asks it.
+
+    Attributes:
+        accuracy: share of passages of whose last word every token was the likeliest.
+        perplexity: exp of the mean over passages of the summed loss of that word's tokens.
+        nats: that mean.
+    """
+
+    data: str
+    passages: int
+    accuracy: float
+    perplexity: float
+    nats: float
+
+
+@torch.inference_mode()
+def last_word(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], name: str
+) -> LastWord:
+    """Accuracy and perplexity of the last word of every passage, given the rest of the passage.
+
+    A passage is cut at its last space; what does not fit into the context is cut off in front.
+
+    Args:
+        name: of the passages, for the record only.
+    Raises:
+        KronyError: no passages, or one of a single word.
+    Source: Paperno et al. 2016; the cut is that of OpenAI's version of the test set.
+    """
+    pairs = [passage.strip().rpartition(" ") for passage in passages]
+    if not pairs or not all(context for context, _, _ in pairs):
+        raise KronyError(f"{name} has no passages, or one of a single word; give whole passages")
+    contexts, words = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in ([c for c, _, _ in pairs], [f" {w}" for _, _, w in pairs])
+    )
+    longest = context_length(model)
+    rows = [(c + w)[-longest:] for c, w in zip(contexts, words, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    room, sums, right, start = _tokens_at_once(model), list[float](), 0, 0
+    while start < len(order):
+        stop = start + 1  # sorted by length, so that the next one would be the longest
+        while stop < len(order) and len(rows[order[stop]]) * (stop + 1 - start) <= room:
+            stop += 1
+        batch = order[start:stop]
+        width = max(len(rows[i]) for i in batch)
+        # Padded behind: what comes later changes nothing in a causal model.
+        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch])
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        for row, i in enumerate(batch):
+            end, count = len(rows[i]), len(words[i])
+            wanted = ids[row, end - count : end].to(logits.device)
+            made = logits[row, end - count - 1 : end - 1].float()
+            sums.append(float(F.cross_entropy(made, wanted, reduction="sum")))
+            right += bool((made.argmax(-1) == wanted).all())
+        start = stop
+    nats = math.fsum(sums) / len(sums)
+    return LastWord(name, len(sums), right / len(sums), _exp(nats), nats)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model makes of it; the likeliest tokens at temperature 0.
+
+    Raises:
+        KronyError: a prompt without a token, a length below 1 or beyond the context, a negative
+            temperature.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    room = context_length(model) - ids.shape[1]
+    if ids.shape[1] == 0:
+        raise KronyError("the prompt is empty; give at least one word")
+    if not 1 <= max_new_tokens <= room:
+        raise KronyError(
+            f"{max_new_tokens} new tokens can't be: after a prompt of {ids.shape[1]} tokens the "
+            f"model's context leaves 1 to {room}"
+        )
+    if temperature < 0:
+        raise KronyError(f"a temperature of {temperature} can't be; 0 takes the likeliest token")
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    made = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        **sampling,
+    )
+    return str(tokenizer.decode(made[0], skip_special_tokens=True))
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, to stand beside every figure."""
+    import platform
+    from datetime import date
+
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": gpu,
+    }

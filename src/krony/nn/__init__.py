@@ -1,0 +1,1 @@
+"""Layers of factors and how they are run: products, quantized weights, kernels. Knows no model."""

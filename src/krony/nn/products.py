@@ -1,0 +1,274 @@
+"""Products of many tokens with W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), W not formed.
+
+Pure functions of tensors, with the letters and layouts of kron.py; what is element by element goes
+through hidden.c where that helps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krony.maths.kron import Layout, Shape
+from krony.nn.cpu import kernels as cpu_kernels
+
+# Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
+FEW_ROWS = 32
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether a graph is being made in which the number of tokens is not known.
+
+    Older versions of torch.compile take `torch.compiler.is_exporting` for true of themselves.
+    """
+    return torch.compiler.is_exporting()
+
+
+def apply(
+    x: Tensor,
+    small: Tensor,
+    large: Tensor | Callable[[Tensor], Tensor],
+    large_shape: Shape,
+    layout: Layout = "small-outer",
+    mix_first: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
+
+    Two matrix products: a large one, and a small one that mixes n2 (or m2·R) slices of the
+    activations, before it or after it.
+
+    Args:
+        x: (..., n).
+        small: B, (R, m2, n2).
+        large: `large_to_linear(A, mix_first)`, or any linear map of that weight: (T, R·n1) to
+            (T, m1) when mixed first, else (T, n1) to (T, R·m1).
+        bias: (m,), added where that costs least.
+    Returns:
+        (..., m).
+    """
+    (m1, n1), (terms, m2, n2) = large_shape, small.shape
+    lead = x.shape[:-1]
+    x = to_slices(x, (-1, n2, n1), layout)
+    offset = None if bias is None else to_slices(bias, (m2, m1), layout)
+    if mix_first:
+        if isinstance(large, Tensor):
+            inside = None
+            if bias is not None and m2 == 1:  # BLAS adds it as it goes
+                inside, offset = bias.to(x.dtype), None
+            y = _mixed(x, mixing(small, mix_first), large, inside)
+        else:
+            y = large(mix(mixing(small, mix_first), x).reshape(-1, terms * n1))
+        y = y.reshape(-1, m2, m1)
+        if offset is not None:
+            y = add(y, offset)
+    else:
+        rows = x.reshape(-1, n1)
+        rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
+        y = mix(mixing(small, mix_first), rows.reshape(-1, n2 * terms, m1), offset)
+    return from_slices(y, lead, layout)
+
+
+def mixing(small: Tensor, mix_first: bool) -> Tensor:
+    """B (R, m2, n2) as one matrix, for `mix`: (m2·R, n2) before the large product, else (m2, n2·R)
+    after it."""
+    if len(small) == 1:
+        return small[0]
+    return (small.transpose(0, 1).flatten(0, 1)) if mix_first else small.permute(1, 2, 0).flatten(1)
+
+
+def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+    """An axis of q·k numbers as q slices, a side of the small factor, of k, one of the large.
+
+    Args:
+        x: (..., q·k). shape: (..., q, k), of the result.
+    """
+    *lead, q, k = shape
+    if layout == "small-outer":
+        return x.reshape(shape)
+    return x.reshape(*lead, k, q).transpose(-1, -2)
+
+
+def from_slices(y: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor:
+    """The inverse of `to_slices` for y (T, q, k): (*lead, q·k)."""
+    _, q, k = y.shape
+    if layout == "large-outer":
+        y = y.transpose(-1, -2)
+    return y.reshape(*lead, q * k)
+
+
+def add(y: Tensor, bias: Tensor) -> Tensor:
+    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums.
+
+    In y's dtype: autocast leaves sums alone, and float32 would spread from here.
+    """
+    bias = bias.to(y.dtype)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y + bias
+    return y.add_(bias)
+
+
+def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = False) -> Tensor:
+    """mixing (p, q) times x (T, q, k), plus a bias (p, k), by the cheapest call for that.
+
+    Args:
+        apart: each of the p slices is wanted in one piece of memory; a wish.
+    Returns:
+        (T, p, k).
+    """
+    if (found := cpu_kernels.mix(mixing, x, bias, apart)) is not None:
+        return found
+    tokens, q, k = x.shape
+    if k == 1:  # the low-rank corner: an ordinary linear map
+        offset = None if bias is None else bias.squeeze(-1)
+        return F.linear(x.squeeze(-1), mixing, offset).unsqueeze(-1)
+    if q == 1:  # in the dtype of x, see `add`
+        mixing = mixing.to(x.dtype)
+        return mixing * x if bias is None else torch.addcmul(bias.to(x.dtype), mixing, x)
+    # torch.matmul, which would do for all, spends several times as long on finding the call.
+    many = mixing.expand(tokens, -1, -1)
+    return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, (T, n) by (m, n) and (m,), the operands in the order that a CPU reads fastest.
+
+    BLAS shares a product among threads by rows of its left operand, and with a few tokens these are
+    too few: the weight goes to the left then, for up to 2.5 times the speed (docs/log.md). Three
+    rows take longer than four.
+    """
+    tokens = len(x)
+    few = x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= tokens <= FEW_ROWS
+    if not few or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if tokens == 3:
+        x = F.pad(x, (0, 0, 0, 1))
+    tall = len(weight) >= weight.shape[1]
+    if len(x) == 4 or (len(x) == 2 and tall) or torch.get_num_threads() > 1:
+        y = torch.mm(weight, x.T).T[:tokens]
+        return y if bias is None else add(y, bias)
+    return F.linear(x, weight, bias)
+
+
+def _mixed(x: Tensor, mixing: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The slices x (T, q, k), mixed by (p, q), through the weight (m1, R·k): (T·p / R, m1), plus a
+    bias (m1,).
+
+    In training, the mixed slices, as many as the inputs or more, are made again in the backward
+    pass instead of being kept: a factored layer then keeps no more than a dense one does.
+    """
+    kept = not torch.is_grad_enabled() or is_exporting()
+    if kept or x.shape[-1] == 1:
+        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight, bias)
+    if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, mixing, weight = x.to(dtype), mixing.to(dtype), weight.to(dtype)
+    y: Tensor = _Mixed.apply(x, mixing, weight)
+    return y if bias is None else add(y, bias)
+
+
+class _Mixed(torch.autograd.Function):
+    """`_mixed` with a backward pass that mixes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mixing: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mixing, weight)
+        return project(mix(mixing, x).reshape(-1, weight.shape[1]), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mixing, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        for_x, for_mixing, for_weight = ctx.needs_input_grad
+        tokens, _, k = x.shape
+        of_weight = of_mixing = of_x = None
+        if for_weight:
+            of_weight = gradient.T @ mix(mixing, x).reshape(-1, weight.shape[1])
+        if for_x or for_mixing:
+            of_rows = (gradient @ weight).reshape(tokens, -1, k)
+            if for_mixing:
+                of_mixing = torch.bmm(of_rows, x.mT).sum(0)
+            if for_x:
+                of_x = mix(mixing.T, of_rows)
+        return of_x, of_mixing, of_weight
+
+
+def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Rows of W = Σ_r outer_r ⊗ inner_r, without forming W: an embedding's lookup.
+
+    Row c·m_inner + a of a Kronecker product is outer's row c ⊗ inner's row a.
+
+    Args:
+        ids: (...), row numbers from 0 to m - 1.
+        outer, inner: (R, ·, ·) each.
+    Returns:
+        (..., n).
+    """
+    left = _pick(outer, ids // inner.shape[1])
+    right = _pick(inner, ids % inner.shape[1])
+    return torch.einsum("...rd,...rb->...db", left, right).flatten(-2).reshape(*ids.shape, -1)
+
+
+def _pick(factors: Tensor, ids: Tensor) -> Tensor:
+    """Row `ids` of every term: (..., R, n); a single row is not repeated: (R, n)."""
+    if factors.shape[1] == 1:
+        return factors[:, 0]
+    table = factors.transpose(0, 1).flatten(1)
+    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a matrix is applied to many tokens: its inputs' slices mixed, or not; products with the
+    large factor; the results' slices mixed, or not.
+
+    Attributes:
+        shape: (m2, m1, n2, n1), of the slices of outputs and inputs.
+        weight: (m1, terms·n1) or (terms·m1, n1) as a layer has it; with `apart` (K, n1, m1), each
+            for a slice of its own.
+        inner: (p, n2), outer: (m2, q), or None.
+    """
+
+    shape: tuple[int, int, int, int]
+    layout: Layout
+    weight: Tensor
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    apart: bool = False
+
+    def enter(self, x: Tensor) -> Tensor:
+        """(T, n) to the slices (T, p, n1) that meet the large factor."""
+        _, _, n2, n1 = self.shape
+        x = to_slices(x, (-1, n2, n1), self.layout)
+        return x if self.inner is None else mix(self.inner, x, apart=self.apart)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Slices (T, p, n1) to (T, q, m1); a bias (m1,) is that of each of them."""
+        if self.apart:
+            return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
+        rows = project(x.reshape(-1, self.weight.shape[1]), self.weight, bias)
+        return rows.reshape(len(x), -1, self.shape[1])
+
+    def leave(self, x: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
+        """Slices (T, p, n1) to the outputs (*lead, m)."""
+        slices = self.slices_of(bias)
+        if self.outer is not None:
+            y = mix(self.outer, self.product(x), slices)
+        elif self.shape[0] == 1:  # BLAS adds it as it goes
+            y = self.product(x, bias)
+        else:
+            y = self.product(x) if slices is None else add(self.product(x), slices)
+        return from_slices(y, lead, self.layout)
+
+    def slices_of(self, bias: Tensor | None) -> Tensor | None:
+        """A bias (m,) by slices of the outputs: (m2, m1)."""
+        m2, m1, _, _ = self.shape
+        return None if bias is None else to_slices(bias, (m2, m1), self.layout)
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., n) through all of it: (..., m)."""
+        return self.leave(self.enter(x.reshape(-1, x.shape[-1])), bias, x.shape[:-1])

@@ -1,0 +1,76 @@
+"""README's commands and Python, run as they stand; its tree and tables against the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+
+import krony
+from krony.cli import heal as cli_heal
+from krony.compression import budget, calibrate
+from krony.compression.limits import parse_count
+from krony.maths import fit
+from krony.maths.schemes import SCHEMES
+from krony.measure import bench
+from krony.text import data, docstrings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_commands_run_in_order(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The head of the text, few candidates, rough fits: the commands still run.
+    full = data.TEXTS["python-docs"]("python-docs")
+    head = data.Text(full.name, full.text[:20_000], full.origin)
+    monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
+    monkeypatch.setattr(budget, "PRICING_STEPS", 1)
+    monkeypatch.setattr(fit, "STEPS", 2)
+    windows = calibrate.calibration_windows
+    monkeypatch.setattr(calibrate, "calibration_windows", lambda *a, **k: windows(*a, **k)[:16])
+    monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
+    # A step of healing instead of five hundred, on a few docstrings.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    few = docstrings.python_docstrings("train", ("asyncio", "email"))
+    monkeypatch.setattr(docstrings, "python_docstrings", lambda *_: few)
+    monkeypatch.setattr(cli_heal, "parse_count", lambda *a: parse_count(*a) and 4096)
+    for name, value in (("MOST", 1), ("NEW", 2), ("PREFILLS", (16,))):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 6
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "krony"
+        code, out, err = run(*arguments)
+        assert code == 0, f"{command}: {err}"
+        assert out.strip(), f"{command} printed nothing"
+
+
+def test_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("python")
+    names: dict = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert type(names["again"].transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+
+
+def test_tree_is_the_tree():
+    listed = set(re.findall(r"^  (\w+)/ ", README, re.MULTILINE))
+    assert listed == {p.parent.name for p in (ROOT / "src/krony").glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("name", [*krony.INITS, *SCHEMES])
+def test_every_initialisation_and_scheme_is_named(name):
+    assert f"`{name}`" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,94 @@
+"""The rooms of the house: imports go one way, and nothing outgrows its plan."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "krony"
+
+# A room may import those that stand before it in the same list or in an earlier one. Rooms of one
+# floor know nothing of each other.
+FLOORS: list[list[str]] = [
+    ["errors"],
+    ["maths", "text"],
+    ["nn"],
+    ["hf"],
+    ["measure"],
+    ["compression", "healing", "export"],
+    ["demo"],
+    ["cli"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {_name(path) for path in MODULES}
+
+
+def _imported(path: Path, all_of_it: bool) -> Iterator[str]:
+    """Modules of krony that a file imports, those inside of functions only with `all_of_it`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if all_of_it else tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "krony":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in NAMES else str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "krony")
+
+
+def _room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_go_one_way(path):
+    room = _room(_name(path))
+    if room in ("", "__main__"):  # the front door
+        return
+    assert room in FLOOR, f"{path} stands in no room"
+    for name in _imported(path, all_of_it=True):
+        other = _room(name)
+        if other in ("", room):
+            continue
+        assert FLOOR[other] < FLOOR[room], f"{_name(path)} imports {name}"
+
+
+def test_there_is_no_circle():
+    graph = {_name(path): set(_imported(path, all_of_it=True)) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name in done:
+            return
+        for other in graph.get(name, ()):
+            if other != name:
+                visit(other, (*above, name))
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_no_file_outgrows_its_reader(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 450, f"{path.name} has {lines} lines; split it by what its parts are about"
+
+
+def test_packages_are_no_deeper_than_two():
+    for path in MODULES:
+        assert len(path.relative_to(SOURCE).parts) <= 3, path
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in MODULES}), ids=lambda p: p.name)
+def test_every_room_says_what_lives_there(folder):
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
