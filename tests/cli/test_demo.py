@@ -1,6 +1,7 @@
 """The demo, on the head of its text: everything it prints is measured there and then."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_figures_and_picture_are_written(record):
 
 
 def test_the_packaged_model_is_small_and_complete():
-    folder = checkpoints.Path(checkpoints.resolve("demo"))
+    folder = Path(checkpoints.resolve("demo"))
     assert sum(p.stat().st_size for p in folder.iterdir()) < 10_000_000
     model = load_model("demo")
     assert model.lm_head.weight is model.transformer.wte.weight
