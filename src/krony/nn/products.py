@@ -17,6 +17,8 @@ from krony.nn.cpu import kernels as cpu_kernels
 
 # Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
 FEW_ROWS = 32
+# Up to so many entries of a small factor, a GPU takes products with it by element.
+FEW_ENTRIES = 16
 
 
 @torch.compiler.assume_constant_result
@@ -129,9 +131,63 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = Fal
     if q == 1:  # in the dtype of x, see `add`
         mixing = mixing.to(x.dtype)
         return mixing * x if bias is None else torch.addcmul(bias.to(x.dtype), mixing, x)
+    if by_all_tokens(x):
+        y = mix_all(mixing.to(x.dtype), x)
+        return y if bias is None else add(y, bias)
     # torch.matmul, which would do for all, spends several times as long on finding the call.
     many = mixing.expand(tokens, -1, -1)
     return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
+
+
+def by_all_tokens(x: Tensor) -> bool:
+    """Whether x (T, q, k) is mixed by `mix_all`: many tokens on a GPU.
+
+    A tiny product for every token keeps a GPU waiting: 1,024 of them took an H200 30 µs, several
+    times as long as the dense matrix. A CPU works through them one after the other anyway.
+    """
+    return x.is_cuda and len(x) > FEW_ROWS
+
+
+def mix_all(mixing: Tensor, x: Tensor) -> Tensor:
+    """`mix` with work that all tokens share: sums of whole slices where there are few, else one
+    product. In the dtype of x, which `mixing` must have too."""
+    return _MixAll.apply(mixing, x)  # type: ignore[no-any-return]
+
+
+def mixing_gradient(of_mixed: Tensor, x: Tensor) -> Tensor:
+    """Of mixing (p, q), from the gradient of `mix`'s results (T, p, k) and its x (T, q, k)."""
+    if not by_all_tokens(x):
+        return torch.bmm(of_mixed, x.mT).sum(0)
+    return _of_mixing(of_mixed, x)
+
+
+def _of_mixing(of_mixed: Tensor, x: Tensor) -> Tensor:
+    if of_mixed.shape[1] * x.shape[1] <= FEW_ENTRIES:
+        return (of_mixed[:, :, None] * x[:, None]).sum((0, 3))
+    return torch.einsum("tpk,tqk->pq", of_mixed, x)
+
+
+class _MixAll(torch.autograd.Function):
+    """`mix_all`; autograd's own way back would write a tensor of x's size for every slice."""
+
+    @staticmethod
+    def forward(ctx: Any, mixing: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(mixing, x)
+        p, q = mixing.shape
+        if p * q > FEW_ENTRIES:
+            return torch.einsum("pq,tqk->tpk", mixing, x)
+        y = mixing[:, :1] * x[:, :1]
+        for j in range(1, q):
+            y.addcmul_(mixing[:, j : j + 1], x[:, j : j + 1])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        mixing, x = ctx.saved_tensors
+        for_mixing, for_x = ctx.needs_input_grad
+        of_mixing = _of_mixing(gradients[0], x) if for_mixing else None
+        of_x = mix_all(mixing.T, gradients[0]) if for_x else None
+        return of_mixing, of_x
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -191,7 +247,7 @@ class _Mixed(torch.autograd.Function):
         if for_x or for_mixing:
             of_rows = (gradient @ weight).reshape(tokens, -1, k)
             if for_mixing:
-                of_mixing = torch.bmm(of_rows, x.mT).sum(0)
+                of_mixing = mixing_gradient(of_rows, x)
             if for_x:
                 of_x = mix(mixing.T, of_rows)
         return of_x, of_mixing, of_weight
