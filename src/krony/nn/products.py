@@ -151,7 +151,8 @@ def by_all_tokens(x: Tensor) -> bool:
 def mix_all(mixing: Tensor, x: Tensor) -> Tensor:
     """`mix` with work that all tokens share: sums of whole slices where there are few, else one
     product. In the dtype of x, which `mixing` must have too."""
-    return _MixAll.apply(mixing, x)  # type: ignore[no-any-return]
+    y: Tensor = _MixAll.apply(mixing, x)
+    return y
 
 
 def mixing_gradient(of_mixed: Tensor, x: Tensor) -> Tensor:
