@@ -1,12 +1,13 @@
 # make demo: install, then the main job on the packaged model.
 # make test: install, then lint, types and all tests.
+# make docs: install, then the tables of results and the site (site/index.html).
 PYTHON ?= python3
 # Pinned first: a bare torch would bring several gigabytes of CUDA to a machine without a GPU.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint install
+.PHONY: demo test lint docs install
 
 demo: $(INSTALLED)
 	$(BIN)/krony demo
@@ -18,6 +19,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m mkdocs build --strict
 
 install: $(INSTALLED)
 

@@ -114,6 +114,7 @@ INITS: dict[str, Initialisation] = {
     "prune": prune,
     "random": random,
 }
+"""Initialisations by weights: (weight (m, n) in float64, its plan, seed) to the factors a group."""
 
 
 def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:

@@ -127,6 +127,7 @@ SCHEMES = {
         Scheme("96M", (1536, 768), note="the text uses (3072, 384): same count, half the rank"),
     )
 }
+"""The paper's models by name: one shape for all MLP matrices of GPT-2 small."""
 
 TABLE_I: tuple[tuple[str, tuple[Shape, ...]], ...] = (
     ("67M", ((64, 32),)),
