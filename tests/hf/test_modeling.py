@@ -289,7 +289,7 @@ def test_directories_that_do_not_load(tmp_path):
     with pytest.raises(KronyError, match=r"only as a pickle \(pytorch_model.bin\)"):
         load_model(tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(KronyError, match="can't load the model"):
+    with pytest.raises(KronyError, match=r"has a header of .* bytes"):
         load_model(tmp_path / "bare")
     with pytest.raises(KronyError, match="is a file"):
         load_model(tmp_path / "bare" / "config.json")
@@ -299,5 +299,5 @@ def test_a_truncated_checkpoint_is_one_sentence(tmp_path):
     factored().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(KronyError, match="can't load the model"):
+    with pytest.raises(KronyError, match="is no safetensors file that can be read"):
         load_model(tmp_path)

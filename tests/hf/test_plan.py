@@ -1,6 +1,7 @@
 """Plans: shapes by orientation, layers, JSON, and everything they refuse."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -81,10 +82,81 @@ def test_a_damaged_plan_is_refused(tmp_path):
         Plan.from_dict(Plan((matrix,)).to_dict())
     with pytest.raises(KronyError, match="not JSON"):
         Plan.from_json("{")
-    with pytest.raises(KronyError, match="is no plan"):
+    with pytest.raises(KronyError, match="the name of matrix 0 of the plan is 3"):
         Plan.from_json('{"matrices": [{"name": 3}]}')
-    with pytest.raises(KronyError, match=r"can't read the plan .*nowhere\.json"):
+    with pytest.raises(KronyError, match=r"can't read .*nowhere\.json"):
         Plan.read(tmp_path / "nowhere.json")
+
+
+def entry(**changes):
+    """A good entry of a plan, but for some of its fields."""
+    group = {"large": [6, 4], "small": [2, 2], "terms": 1, "layout": "small-outer"}
+    group |= {k: v for k, v in changes.items() if k in group}
+    whole = {"name": "a", "shape": [12, 8], "groups": [group], "scalars": False, "bias": True}
+    return whole | {"conv1d": False} | {k: v for k, v in changes.items() if k not in group}
+
+
+MILLION = 10**6
+HOSTILE = {
+    "a fraction of a term": {"terms": 1.5},
+    "a text of a term": {"terms": "1"},
+    "null terms": {"terms": None},
+    "true terms": {"terms": True},
+    "negative terms": {"terms": -1},
+    "a million terms": {"terms": MILLION},
+    "a huge number": {"terms": 10**4000},
+    "one side": {"shape": [12]},
+    "three sides": {"shape": [12, 8, 1]},
+    "sides by name": {"shape": {"m": 12}},
+    "a side of nothing": {"large": [0, 4]},
+    "an unknown layout": {"layout": "inside-out"},
+    "a layout of lists": {"layout": [[]]},
+    "no groups": {"groups": None},
+    "a million groups": {"groups": [entry()["groups"][0]] * MILLION},
+    "groups of nothing": {"groups": [None]},
+    "a name of numbers": {"name": 5},
+    "a name without an end": {"name": "a" * MILLION},
+    "scalars of text": {"scalars": "yes"},
+    "parts of nothing": {"parts": 0, "dense_shape": [24, 8]},
+    "a dense shape that is smaller": {"dense_shape": [6, 8]},
+    "what a newer version wrote": {"future": 1},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_a_plan_that_can_not_be_is_refused_at_once(changes):
+    started = time.process_time()
+    with pytest.raises(KronyError) as found:
+        Plan.from_dict({"matrices": [entry(**changes)]})
+    assert time.process_time() - started < 2
+    assert len(str(found.value)) < 400
+    assert Plan.from_dict({"matrices": [entry()]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * MILLION,
+        '{"a":' * 500 + "1" + "}" * 500,
+        '{"matrices": [], "matrices": []}',
+        '{"matrices": NaN}',
+        '{"matrices": [' + ",".join(["{}"] * 300_000) + "]}",
+        '{"matrices": ' + "9" * 10_000 + "}",
+        "null",
+        "[]",
+        "",
+        '{"matrices": [' + ",".join([json.dumps(entry())] * 2) + "]}",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_text_that_is_no_plan_is_refused_at_once(text, tmp_path):
+    started = time.process_time()
+    with pytest.raises(KronyError):
+        Plan.from_json(text)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(KronyError, match=r"plan\.json"):
+        Plan.read(tmp_path / "plan.json")
+    assert time.process_time() - started < 4
 
 
 def test_a_plan_leaves_the_model_alone():

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from krony.errors import KronyError
 from krony.hf.plan import MatrixPlan, Plan
+from krony.hf.whole import check_factors, check_shape, left_over
 from krony.nn import mlp
 from krony.nn.activations import fuse, restore
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
@@ -67,7 +68,9 @@ class KroneckerQuantizer(HfQuantizer):
     # The whole weights of a model that is spread over processes, while it is being saved.
     gathered: dict[str, torch.Tensor] | None = None
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         if not self.pre_quantized:
             raise KronyError(
                 "a dense checkpoint can't be factored while it loads; load it, then call "
@@ -80,6 +83,7 @@ class KroneckerQuantizer(HfQuantizer):
         self.quantization_config.plan = plan.to_dict()
         for matrix in plan.matrices:
             weight = model.get_parameter(f"{matrix.name}.weight")
+            check_shape(matrix, weight)
             install(model, matrix, build_layer(matrix, weight.device, weight.dtype))
             parent: Any = model.get_submodule(matrix.name.rpartition(".")[0])
             if not (parent._parameters or parent._buffers):  # GPT-2's would fill W with noise
@@ -92,6 +96,8 @@ class KroneckerQuantizer(HfQuantizer):
                 stored = StoredLinear(entry, quantised.to, weight.dtype, weight.device)
                 model.set_submodule(entry.name, stored)
 
+        if checkpoint_files:
+            check_factors(model, plan, checkpoint_files)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         # By ending: the guards in the file may carry the prefix of another head.
         ignored |= {re.escape(key) + "$" for key in self._guards()}
@@ -122,7 +128,7 @@ class KroneckerQuantizer(HfQuantizer):
             for entry in quantised.matrices:
                 parts = tensors(weights.pop(f"{entry.name}.weight"), quantised.to)
                 weights |= {f"{entry.name}.{name}": part for name, part in parts.items()}
-        return {**weights, **self._guards()}, {}
+        return {**weights, **left_over(model), **self._guards()}, {}
 
     def _guards(self) -> dict[str, torch.Tensor]:
         # Not of matrices that only lost hidden units: those fit no dense model as they are.

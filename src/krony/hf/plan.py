@@ -1,18 +1,31 @@
 """Plan: which matrix gets which factors. Frozen, JSON both ways, no choices left to apply."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.hf.families import Target, find_targets
+from krony.hf.strict import (
+    array,
+    boolean,
+    choice,
+    integer,
+    mapping,
+    parse_json,
+    read_json,
+    string,
+)
 from krony.maths import kron, schemes
-from krony.maths.kron import Layout, Shape
+from krony.maths.kron import LAYOUTS, Layout, Shape
 from krony.maths.schemes import Factors
+
+MOST_MATRICES, MOST_GROUPS = 100_000, 64
 
 
 @dataclass(frozen=True)
@@ -177,36 +190,22 @@ class Plan:
         return {"matrices": [_entry(m) for m in self.matrices]}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Plan":
-        """The inverse of `to_dict`. Raises `KronyError` for data of another form."""
-        try:
-            matrices = tuple(
-                MatrixPlan(
-                    name=m["name"],
-                    shape=_pair(m["shape"]),
-                    groups=tuple(
-                        Factors(
-                            large=_pair(g["large"]),
-                            small=_pair(g["small"]),
-                            terms=g["terms"],
-                            layout=g["layout"],
-                            interpolative=g.get("interpolative", False),
-                        )
-                        for g in m["groups"]
-                    ),
-                    scalars=m["scalars"],
-                    bias=m["bias"],
-                    conv1d=m["conv1d"],
-                    embedding=m.get("embedding", False),
-                    tied=m.get("tied", False),
-                    dense_shape=_pair(m["dense_shape"]) if m.get("dense_shape") else None,
-                    parts=m.get("parts", 1),
-                )
-                for m in data["matrices"]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise KronyError(f"this is no plan ({error!r}); write one with krony plan") from error
+    def from_dict(cls, data: Any) -> "Plan":
+        """The inverse of `to_dict`.
+
+        Raises:
+            KronyError: data of another form, numbers of another kind, factors that do not make
+                their matrix, or more entries than any model has matrices.
+        """
+        entries = mapping(data, "the plan").get("matrices")
+        matrices = tuple(
+            _matrix(entry, f"matrix {number} of the plan")
+            for number, entry in enumerate(array(entries, "matrices in the plan", MOST_MATRICES))
+        )
+        names = Counter(matrix.name for matrix in matrices)
         for matrix in matrices:
+            if names[matrix.name] > 1:
+                raise KronyError(f"the plan has {matrix.name} {names[matrix.name]} times")
             matrix.check()
         return cls(matrices)
 
@@ -217,21 +216,16 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """The inverse of `to_json`. Raises `KronyError` for text that is no plan."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise KronyError(
-                f"the plan is not JSON ({error}); write one with krony plan"
-            ) from error
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the plan"))
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
         """The plan in a JSON file. Raises `KronyError` if there is none."""
+        data = read_json(path)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise KronyError(f"can't read the plan {path}: {error.strerror}") from error
+            return cls.from_dict(data)
+        except KronyError as error:
+            raise KronyError(f"{path} is no plan: {error}; write one with krony plan") from error
 
 
 def _entry(matrix: MatrixPlan) -> dict[str, Any]:
@@ -258,9 +252,45 @@ def matrix_plan(target: Target, groups: tuple[Factors, ...], scalars: bool = Fal
     )
 
 
-def _pair(value: Iterable[int]) -> Shape:
-    first, second = value
-    return int(first), int(second)
+def _matrix(data: Any, name: str) -> MatrixPlan:
+    """One entry of a plan in JSON. Raises `KronyError` that names what can't be."""
+    entry = mapping(data, name)
+    known = {field.name for field in fields(MatrixPlan)}
+    if unknown := sorted(entry.keys() - known):
+        raise KronyError(f"{name} has {unknown[0][:60]!r}, which this krony does not know")
+    name = string(entry.get("name"), f"the name of {name}")
+    groups = array(entry.get("groups"), f"groups of {name}", MOST_GROUPS)
+    dense = entry.get("dense_shape")
+    return MatrixPlan(
+        name=name,
+        shape=_pair(entry.get("shape"), f"the shape of {name}"),
+        groups=tuple(_factors(group, name) for group in groups),
+        scalars=boolean(entry.get("scalars", False), f"scalars of {name}"),
+        bias=boolean(entry.get("bias", True), f"bias of {name}"),
+        conv1d=boolean(entry.get("conv1d", False), f"conv1d of {name}"),
+        embedding=boolean(entry.get("embedding", False), f"embedding of {name}"),
+        tied=boolean(entry.get("tied", False), f"tied of {name}"),
+        dense_shape=None if dense is None else _pair(dense, f"the dense shape of {name}"),
+        parts=integer(entry.get("parts", 1), f"parts of {name}"),
+    )
+
+
+def _factors(data: Any, name: str) -> Factors:
+    group = mapping(data, f"a group of {name}")
+    layout = choice(group.get("layout"), f"the layout of {name}", LAYOUTS)
+    return Factors(
+        large=_pair(group.get("large"), f"the large factor of {name}"),
+        small=_pair(group.get("small"), f"the small factor of {name}"),
+        terms=integer(group.get("terms"), f"terms of {name}"),
+        layout=cast(Layout, layout),
+        interpolative=boolean(group.get("interpolative", False), f"interpolative of {name}"),
+    )
+
+
+def _pair(value: Any, name: str) -> Shape:
+    if len(sides := array(value, name, 2)) != 2:
+        raise KronyError(f"{name} has {len(sides)} sides, and a matrix has 2")
+    return integer(sides[0], name), integer(sides[1], name)
 
 
 def make_plan(

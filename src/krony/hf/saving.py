@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
 from krony.hf.loading import resolve
+from krony.hf.modeling import config_of
+from krony.hf.whole import left_over
 
 
 def check_destination(destination: str | Path) -> Path:
@@ -78,7 +80,10 @@ def save_model(
         KronyError: the destination exists, or can't be written.
     """
     with new_directory(destination) as temporary:
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        # Tensors that travel along; of a factored model its quantizer adds them.
+        extra = left_over(model) if config_of(model) is None else {}
+        state = {**model.state_dict(), **extra} if extra else None
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if also is not None:
