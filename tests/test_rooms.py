@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "krony"
 # A room may import those that stand before it in the same list or in an earlier one. Rooms of one
 # floor know nothing of each other.
 FLOORS: list[list[str]] = [
-    ["errors"],
+    ["errors", "runtime"],  # what travels without krony stands on nothing of it
     ["maths", "text"],
     ["nn"],
     ["hf"],

@@ -23,10 +23,7 @@ from krony.hf.modeling import KroneckerConfig, form
 from krony.hf.plan import MatrixPlan, Plan, make_plan
 from krony.maths.schemes import SCHEMES, Factors
 from krony.measure.evaluate import perplexity
-from krony.nn import kernels
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-
-KroneckerGroup.fused = KroneckerLinear.fused = kernels
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,9 @@ import typer
 from krony.cli import tables
 from krony.cli.options import Destination, DtypeOption, Source, out
 from krony.errors import KronyError
-from krony.export import export
+from krony.export.onnx import onnx
 from krony.export.quantize import quantize
+from krony.export.self_contained import self_contained
 from krony.hf import checkpoints
 from krony.hf.modeling import config_of, quantised_of
 from krony.measure import info
@@ -78,7 +79,7 @@ def export_command(
     wanted = checkpoints.DTYPES[dtype.value] if dtype else None
     if to is Form.onnx:
         model = checkpoints.load_model(source, wanted or torch.float32)
-        difference = export.onnx(model, destination, tokenizer)
+        difference = onnx(model, destination, tokenizer)
         size = tables.megabytes(checkpoints.directory_bytes(destination, "model.onnx*"))
         out.print(
             f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}; "
@@ -92,6 +93,6 @@ def export_command(
         model.dequantize(wanted)
         checkpoints.save_model(model, destination, tokenizer)
     else:
-        export.self_contained(model, destination, tokenizer)
+        self_contained(model, destination, tokenizer)
     size = tables.megabytes(checkpoints.directory_bytes(destination))
     out.print(f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}")

@@ -14,27 +14,23 @@ outer[a, b]·inner[c, d]. Two layouts are in use:
 They differ by a fixed reordering of rows and columns.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
 
 import scipy.linalg
 import torch
 from torch import Tensor
 
 from krony.errors import KronyError
-
-Layout = Literal["small-outer", "large-outer"]
-LAYOUTS: tuple[Layout, ...] = ("small-outer", "large-outer")
-Shape = tuple[int, int]
-Side = TypeVar("Side")  # a factor, or its shape
+from krony.maths.shapes import LAYOUTS as LAYOUTS
+from krony.maths.shapes import Layout as Layout
+from krony.maths.shapes import Shape as Shape
+from krony.maths.shapes import check_terms
+from krony.runtime.layers import in_order as in_order
+from krony.runtime.layers import to_dense as to_dense
 
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
 EXACT_GRAM_SIDE = 2048
-# Multiply-adds that a CPU could do in the time in which one entry of W is written, put in its place
-# and read again: some 40 to 85 in float32, and more in bfloat16, by the CPU (docs/log.md).
-FORMING = 80
 
 
 def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
@@ -58,26 +54,12 @@ def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
     return blocks.reshape(outer[0] * outer[1], inner[0] * inner[1])
 
 
-def to_dense(outer: Tensor, inner: Tensor) -> Tensor:
-    """Σ_r outer_r ⊗ inner_r, from (R, m1, n1) and (R, m2, n2) to (m1·m2, n1·n2)."""
-    rows, columns = outer.shape[1] * inner.shape[1], outer.shape[2] * inner.shape[2]
-    # One matrix product of the rearranged factors, (m1·n1, R) by (R, m2·n2), then the way back.
-    product = outer.flatten(1).T @ inner.flatten(1)
-    blocks = product.reshape(*outer.shape[1:], *inner.shape[1:])
-    return blocks.permute(0, 2, 1, 3).reshape(rows, columns)
-
-
 def sum_to_dense(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of several groups, (outer, inner) each, as one matrix."""
     total = to_dense(*pairs[0])
     for pair in pairs[1:]:
         total = total + to_dense(*pair)
     return total
-
-
-def in_order(first: Side, second: Side, layout: Layout) -> tuple[Side, Side]:
-    """(large, small) as (outer, inner) in that layout, and (outer, inner) as (large, small)."""
-    return (second, first) if layout == "small-outer" else (first, second)
 
 
 def van_loan(
@@ -123,31 +105,6 @@ def van_loan(
     small = vectors * root.where(~empty, torch.ones_like(root))
     left, right = (large, small) if inner_is_smaller else (small, large)
     return left.T.reshape(terms, *outer), right.T.reshape(terms, *inner)
-
-
-def check_factors(large: Shape, small: Shape, terms: int, layout: str) -> None:
-    """Raise `KronyError` for a side below 1, an unknown layout, or too many terms."""
-    if min(*large, *small) < 1:
-        raise KronyError(f"factor sides must be at least 1, not {large} and {small}")
-    if layout not in LAYOUTS:
-        raise KronyError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    check_terms(terms, large, small)
-
-
-def check_terms(terms: int, outer: Shape, inner: Shape) -> None:
-    """Raise `KronyError` unless 1 ≤ terms ≤ the rank of the rearranged matrix."""
-    limit = min(outer[0] * outer[1], inner[0] * inner[1])
-    if not 1 <= terms <= limit:
-        raise KronyError(
-            f"{terms} terms of {outer[0]}x{outer[1]} by {inner[0]}x{inner[1]} can't be: between 1 "
-            f"and {limit} terms of these shapes are independent; choose a number in that range"
-        )
-
-
-def check_scalars(scalars: bool, interpolative: bool) -> None:
-    """Raise `KronyError` for both: the interpolative form has no scale of a term left to learn."""
-    if scalars and interpolative:
-        raise KronyError("interpolative factors have no scalars; leave one of the two out")
 
 
 def norm(outer: Tensor, inner: Tensor) -> float:
@@ -198,7 +155,7 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         large, small: (R, ...) each.
     Returns:
         large (R, ...) and free (R, q - R), float64, and order (q,), int32: entry j of the small
-        factors is column order[j] of [I, free], as `fill` puts it together.
+        factors is column order[j] of [I, free], as `runtime.layers.fill` puts it together.
     Source: interpolative decompositions, Cheng, Gimbutas, Martinsson and Rokhlin 2005.
     """
     terms, shape = large.shape[0], large.shape
@@ -214,45 +171,11 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mixed, free, order.int()
 
 
-def fill(free: Tensor, order: Tensor) -> Tensor:
-    """Small factors (R, q) of the interpolative form: the columns of [I, free] in their order."""
-    unit = torch.eye(len(free), dtype=free.dtype, device=free.device)
-    return torch.cat([unit, free], 1).index_select(1, order)
-
-
-def multiply_adds(large: Shape, small: Shape, terms: int, mix_first: bool) -> int:
-    """Multiply-adds per token of the factored product in one of its two orders."""
-    (m1, n1), (m2, n2) = large, small
-    if mix_first:
-        return terms * m2 * n1 * (n2 + m1)
-    return terms * n2 * m1 * (n1 + m2)
-
-
-def dense_from(large: Shape, small: Shape, terms: int, mix_first: bool) -> float:
-    """The number of tokens from which forming W, once, costs less than the factors; perhaps ∞.
-
-    W costs R·m·n multiply-adds, the time of `FORMING`·m·n more for its bytes, then m·n a token; the
-    factors cost `multiply_adds` a token.
-    """
-    entries = large[0] * large[1] * small[0] * small[1]
-    saved = multiply_adds(large, small, terms, mix_first) - entries
-    return (terms + FORMING) * entries / saved if saved > 0 else math.inf
-
-
-def mixes_first(large: Shape, small: Shape) -> bool:
-    """Whether mixing with the small factor before the large product takes fewer operations."""
-    return multiply_adds(large, small, 1, True) <= multiply_adds(large, small, 1, False)
-
-
 def large_to_linear(large: Tensor, mix_first: bool) -> Tensor:
-    """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last."""
+    """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last.
+
+    The inverse is `runtime.layers.linear_to_large`.
+    """
     if mix_first:
         return large.transpose(0, 1).flatten(1)
     return large.flatten(0, 1)
-
-
-def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
-    """The inverse of `large_to_linear`: back to (R, m1, n1)."""
-    if mix_first:
-        return weight.unflatten(1, (terms, -1)).transpose(0, 1)
-    return weight.unflatten(0, (terms, -1))

@@ -8,8 +8,7 @@ has its transpose.
 from dataclasses import asdict, dataclass
 
 from krony.errors import KronyError
-from krony.maths import kron
-from krony.maths.kron import Layout, Shape
+from krony.maths.shapes import Layout, Shape, check_factors
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Factors:
     @property
     def sides(self) -> tuple[Shape, Shape]:
         """The shapes of the (outer, inner) factors."""
-        return kron.in_order(self.large, self.small, self.layout)
+        small_outer = self.layout == "small-outer"
+        return (self.small, self.large) if small_outer else (self.large, self.small)
 
     @property
     def parameters(self) -> int:
@@ -52,12 +52,12 @@ class Factors:
     @property
     def multiply_adds(self) -> int:
         """Per token, in the cheaper of the two contraction orders, W not formed."""
-        order = kron.mixes_first(self.large, self.small)
-        return kron.multiply_adds(self.large, self.small, self.terms, order)
+        (m1, n1), (m2, n2) = self.large, self.small
+        return self.terms * min(m2 * n1 * (n2 + m1), n2 * m1 * (n1 + m2))
 
     def check(self) -> None:
         """Raise `KronyError` for a side below 1, too many terms, or an unknown layout."""
-        kron.check_factors(self.large, self.small, self.terms, self.layout)
+        check_factors(self.large, self.small, self.terms, self.layout)
 
 
 def divide(shape: Shape, large: Shape, what: str = "the matrix") -> Shape:
