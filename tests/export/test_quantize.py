@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from krony.measure.info import model_bytes
 from krony.nn import packing
 from krony.nn.packing import FORMS
 from krony.runtime.layers import is_quantized
-from krony.runtime.quantized import quantize_weight, tensors
+from krony.runtime.quantized import StoredLinear, quantize_weight, tensors
 
 STEPS = {"int8": 255, "int8-dynamic": 255, "int4": 15}  # levels of a range, less one
 
@@ -72,9 +73,8 @@ def test_no_weight_is_off_by_more_than_half_a_step(to, shape):
     group = packing.group_size(shape[1], to)
     made = quantize_weight(weight, to, group)
     parts = tensors(made, to)
-    stored = packing.StoredLinear(
-        packing.Packed("x", shape, group), to, torch.float32, torch.device("cpu")
-    )
+    entry = asdict(packing.Packed("x", shape, group))
+    stored = StoredLinear(entry, to, torch.float32, torch.device("cpu"))
     stored.load_state_dict(parts)
     back = stored.restored().weight.dequantize()
     assert torch.equal(back, made.dequantize())
