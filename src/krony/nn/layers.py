@@ -62,14 +62,9 @@ class KroneckerGroup(plain.KroneckerGroup):
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
-    @property
-    def scaled_small(self) -> Tensor:
-        """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
-        if self.order is not None:
-            full = cpu_kernels.fill(self.small, self.order)
-            if full is not None:
-                return full.unflatten(1, self.small_shape)
-        return super().scaled_small
+    def filled(self, order: Tensor) -> Tensor:
+        made = cpu_kernels.fill(self.small, order)
+        return super().filled(order) if made is None else made
 
     @torch.no_grad()
     def set_factors(self, large: Tensor, small: Tensor, scalars: Tensor | None = None) -> None:

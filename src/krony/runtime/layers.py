@@ -231,7 +231,7 @@ class KroneckerGroup(nn.Module):
 
     The large factors live in `large`, an ordinary `nn.Linear`, so that whatever works on linear
     layers (quantization, adapters, sharding) works on them. Which of the two contraction orders is
-    used follows from the shapes alone, because the order fixes the layout of that weight.
+    used follows from the shapes alone: the order fixes the layout of that weight.
 
     Parameters, not initialised:
         large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
@@ -261,10 +261,8 @@ class KroneckerGroup(nn.Module):
         self.dense_from = dense_from(large, small, terms, self.mix_first)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         m1, n1 = large
-        if self.mix_first:
-            self.large = nn.Linear(terms * n1, m1, bias=False, **where)
-        else:
-            self.large = nn.Linear(n1, terms * m1, bias=False, **where)
+        sides = (terms * n1, m1) if self.mix_first else (n1, terms * m1)
+        self.large = nn.Linear(*sides, bias=False, **where)
         entries = small[0] * small[1]
         stored = (entries - terms,) if interpolative else small
         self.small = nn.Parameter(torch.empty(terms, *stored, **where))
@@ -276,10 +274,14 @@ class KroneckerGroup(nn.Module):
     def scaled_small(self) -> Tensor:
         """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
         if self.order is not None:
-            return fill(self.small, self.order).unflatten(1, self.small_shape)
+            return self.filled(self.order).unflatten(1, self.small_shape)
         if self.scalars is None:
             return self.small
         return self.small * self.scalars[:, None, None]
+
+    def filled(self, order: Tensor) -> Tensor:
+        """Interpolative small factors put together: (R, m2·n2)."""
+        return fill(self.small, order)
 
     @property
     def large_factors(self) -> Tensor:
@@ -297,10 +299,8 @@ class KroneckerGroup(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether `large` is just its weight: not quantized, adapted, sharded or offloaded."""
-        large = self.large
-        if not is_plain_linear(large) or is_hooked(large):
-            return False
-        return large.weight.device == self.small.device
+        plain = is_plain_linear(self.large) and not is_hooked(self.large)
+        return plain and self.large.weight.device == self.small.device
 
     def forms_dense(self, tokens: int) -> bool:
         """Whether W is formed for a batch of so many tokens (`dense_from`).
@@ -308,9 +308,7 @@ class KroneckerGroup(nn.Module):
         Never where `large` is more than a plain layer, with a forward of its own, nor in an
         exported graph, where the number of tokens is not known.
         """
-        if is_exporting():
-            return False
-        return tokens > self.dense_from and self.is_plain
+        return not is_exporting() and tokens > self.dense_from and self.is_plain
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias: x (..., n), bias (m,) to (..., m)."""
