@@ -22,6 +22,7 @@ import starts
 from krony.compression import calibrate
 from krony.compression.budget import make_budget_plan
 from krony.compression.factorise import DATA
+from krony.compression.limits import parse_count
 from krony.healing import curves
 from krony.healing.recipe import RECIPES, Recipe, Stage
 from krony.hf.checkpoints import write_json, write_text
@@ -29,7 +30,6 @@ from krony.measure import evaluate
 from krony.measure.memory import keep_memory
 from krony.text import blocks, data
 from krony.text.docstrings import installed, python_docstrings
-from krony.words import parse_count
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights

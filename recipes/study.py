@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 import krony
 import study_report
 from gpt2_standin import read_stream
+from krony.compression.limits import parse_count
 from krony.healing.speed import fastest_dtype
 from krony.hf.checkpoints import write_json
 from krony.measure import evaluate, info
 from krony.text import blocks, data
-from krony.words import parse_count
 from study_methods import CELLS, DENSE, Cell, Methods
 
 HELD_OUT = 64  # blocks that choose the best weights

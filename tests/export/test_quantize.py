@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from krony.hf.modeling import config_of
 from krony.hf.plan import Plan, matrix_plan
 from krony.measure.info import model_bytes
 from krony.nn import packing
-from krony.nn.packing import FORMS, is_quantised
+from krony.nn.packing import FORMS
+from krony.runtime.layers import is_quantized
+from krony.runtime.quantized import StoredLinear, quantize_weight, tensors
 
 STEPS = {"int8": 255, "int8-dynamic": 255, "int4": 15}  # levels of a range, less one
 
@@ -37,7 +40,7 @@ def load(path, **options):
 
 
 def quantised_names(found):
-    return [name for name, p in found.named_parameters() if is_quantised(p)]
+    return [name for name, p in found.named_parameters() if is_quantized(p)]
 
 
 @pytest.mark.parametrize("to", FORMS)
@@ -68,11 +71,10 @@ def test_round_trip_is_exact(to, factored, dtype, tmp_path):
 def test_no_weight_is_off_by_more_than_half_a_step(to, shape):
     weight = torch.randn(shape) * torch.logspace(-6, 0, shape[0])[:, None]
     group = packing.group_size(shape[1], to)
-    made = packing.quantise_weight(weight, to, group)
-    parts = packing.tensors(made, to)
-    stored = packing.StoredLinear(
-        packing.Packed("x", shape, group), to, torch.float32, torch.device("cpu")
-    )
+    made = quantize_weight(weight, to, group)
+    parts = tensors(made, to)
+    entry = asdict(packing.Packed("x", shape, group))
+    stored = StoredLinear(entry, to, torch.float32, torch.device("cpu"))
     stored.load_state_dict(parts)
     back = stored.restored().weight.dequantize()
     assert torch.equal(back, made.dequantize())
@@ -175,7 +177,7 @@ def test_embeddings_attention_and_small_factors_stay():
     quantize(made, "int4")
     for name, parameter in made.named_parameters():
         quantised = ".mlp." in name and name.endswith(".large.weight")
-        assert is_quantised(parameter) == quantised, name
+        assert is_quantized(parameter) == quantised, name
         if quantised:
             assert isinstance(parameter, IntxUnpackedToInt8Tensor)
             assert not parameter.requires_grad

@@ -6,7 +6,6 @@ import torch
 from helpers import dense_sum
 from krony.errors import KronyError
 from krony.maths import kron
-from krony.nn import products
 
 # (outer, inner): the paper's kinds, both corners, prime sides, a vector, both orders.
 SHAPES = [
@@ -138,40 +137,6 @@ def test_prune_keeps_every_second_row_or_column(outer, inner, rows, columns):
     b_first, a_first = kron.prune(weight, inner, outer, small_is_outer=True)
     assert torch.equal(a_first[0], weight[: outer[0], : outer[1]])
     assert torch.equal(b_first, b)
-
-
-@pytest.mark.parametrize("layout", kron.LAYOUTS)
-@pytest.mark.parametrize("mix_first", [True, False])
-@pytest.mark.parametrize("terms", [1, 3])
-@pytest.mark.parametrize(("large", "small"), SHAPES)
-@pytest.mark.parametrize("lead", [(), (1,), (3,), (5,), (2, 3), (0,)])
-def test_apply_equals_the_dense_product(layout, mix_first, terms, large, small, lead):
-    a, b = factors(large, small, terms)
-    weight = dense_sum(b, a) if layout == "small-outer" else dense_sum(a, b)
-    x = torch.randn(*lead, weight.shape[1], dtype=torch.float64)
-    linear = kron.large_to_linear(a, mix_first)
-    for how in (linear, lambda z: z @ linear.T):
-        y = products.apply(x, b, how, large, layout, mix_first)
-        torch.testing.assert_close(y, x @ weight.T)
-    assert torch.equal(kron.linear_to_large(linear, terms, mix_first), a)
-
-
-@pytest.mark.parametrize(("large", "small"), SHAPES)
-def test_the_cheaper_order_is_chosen(large, small):
-    costs = {order: kron.multiply_adds(large, small, 2, order) for order in (True, False)}
-    assert costs[kron.mixes_first(large, small)] == min(costs.values())
-
-
-@pytest.mark.parametrize(("large", "small"), SHAPES)
-@pytest.mark.parametrize("terms", [1, 2, 3])
-def test_w_is_formed_from_where_that_costs_less(large, small, terms):
-    order = kron.mixes_first(large, small)
-    entries = large[0] * large[1] * small[0] * small[1]
-    start = kron.dense_from(large, small, terms, order)
-    for tokens in (1, 10, 1000, 100_000):
-        factored = tokens * kron.multiply_adds(large, small, terms, order)
-        formed = (terms + kron.FORMING + tokens) * entries
-        assert (tokens > start) == (formed < factored)
 
 
 def test_shapes_and_terms_that_cannot_be():

@@ -21,7 +21,7 @@ from krony import (
     load_model,
     save_model,
 )
-from krony.export import export
+from krony.export.onnx import onnx
 from krony.export.quantize import quantize
 from krony.hf.families import find_targets
 from krony.hf.modeling import config_of
@@ -399,7 +399,7 @@ def test_a_graph_has_w(narrowed, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.onnx, "export", export_)
     with pytest.raises(KronyError, match="enough"):
-        export.onnx(narrowed, tmp_path / "out")
+        onnx(narrowed, tmp_path / "out")
     (traced,) = seen
     assert not factored(traced)
     assert len(factored(narrowed)) == 4

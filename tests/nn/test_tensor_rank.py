@@ -5,10 +5,10 @@ import torch
 
 from helpers import group_dense
 from krony import KroneckerGroup
-from krony.maths import kron
 from krony.nn import tensor_rank
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.tensor_rank import decompose
+from krony.runtime.layers import multiply_adds
 
 TOKENS = 400
 
@@ -147,7 +147,7 @@ def test_what_a_token_must_save(dtype, compiled, flags, least, monkeypatch):
     if not compiled:
         monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     group = make((64, 48)).to(dtype)
-    assert kron.multiply_adds((64, 48), (3, 3), 4, group.mix_first) > 12 * 64 * 48
+    assert multiply_adds((64, 48), (3, 3), 4, group.mix_first) > 12 * 64 * 48
     with torch.no_grad():
         if least is None:
             assert tensor_rank.run(group, torch.randn(5000, 144).to(dtype)) is None

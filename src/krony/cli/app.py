@@ -6,11 +6,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
+import transformers
 import typer
 
-from krony import words
 from krony.cli import tables
 from krony.cli.bench import bench_command
 from krony.cli.compress import compress_command, plan_command
@@ -18,6 +19,7 @@ from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
 from krony.cli.options import (
     Device,
+    Dtype,
     DtypeOption,
     JsonFile,
     Source,
@@ -26,10 +28,11 @@ from krony.cli.options import (
     progress_bar,
 )
 from krony.errors import KronyError
+from krony.hf import checkpoints
 from krony.maths import schemes
-
-if TYPE_CHECKING:
-    import transformers
+from krony.measure import evaluate, info
+from krony.measure.memory import keep_memory
+from krony.text import data
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -91,23 +94,17 @@ def evaluate_command(
     against: Annotated[str | None, typer.Option(help="A second model, measured too.")] = None,
     data_name: Annotated[
         str,
-        typer.Option("--data", help=f"{', '.join(words.TEXTS)}, a .txt or a .jsonl file."),
+        typer.Option("--data", help=f"{', '.join(data.TEXTS)}, a .txt or a .jsonl file."),
     ] = "wikitext2",
     window: Annotated[int | None, typer.Option(help="Default: 1024, or the context.")] = None,
     stride: Annotated[int | None, typer.Option(help="Default: the window.")] = None,
     dtype: Annotated[
-        words.Dtype | None,
-        typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere."),
+        Dtype | None, typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere.")
     ] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity on a text, token-weighted, with its protocol."""
-    from krony.hf import checkpoints
-    from krony.measure import evaluate
-    from krony.measure.memory import keep_memory
-    from krony.text import data
-
     keep_memory()
     text = data.load_text(data_name)
     results = {}
@@ -148,9 +145,6 @@ def generate_command(
     device: Device = None,
 ) -> None:
     """Let a model go on from a prompt."""
-    from krony.hf import checkpoints
-    from krony.measure import evaluate
-
     model, tokenizer = _load(source, dtype, device), checkpoints.load_tokenizer(source)
     text = evaluate.generate(model, tokenizer, prompt, max_new_tokens, temperature, seed)
     out.print(text, markup=False, soft_wrap=True)
@@ -161,9 +155,6 @@ def info_command(
     source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     """Per matrix: shapes, terms, parameters, norm kept; in total: parameters, bytes, the saving."""
-    from krony.hf import checkpoints
-    from krony.measure import info
-
     figures = info.model_info(checkpoints.load_model(source))
     if as_json:
         print(json.dumps(figures, indent=2))
@@ -199,16 +190,10 @@ def demo_command(
     out.print(f"\nWrote {output / 'demo.json'} and {output / 'demo.png'}")
 
 
-def _load(
-    source: str, dtype: words.Dtype | None, device: str | None
-) -> "transformers.PreTrainedModel":
-    import torch
-
-    from krony.hf import checkpoints
-
+def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.PreTrainedModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is not None:
-        return checkpoints.load_model(source, checkpoints.DTYPES[dtype], device)
+        return checkpoints.load_model(source, checkpoints.DTYPES[dtype.value], device)
     # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
     wanted = torch.float32 if device == "cpu" else None
     return checkpoints.load_model(source, wanted, device)
@@ -217,12 +202,10 @@ def _load(
 def main() -> None:
     """Run a command; bad input ends in one sentence and exit code 2."""
     # krony speaks for itself: transformers' loading bars and hints would bury its output.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if (loaded := sys.modules.get("transformers")) is not None:
-        loaded.logging.set_verbosity_error()
-        loaded.logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
     try:
         app()

@@ -2,21 +2,38 @@
 
 import os
 import shutil
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import datasets
+import torch
 import typer
+from accelerate import PartialState
 
-from krony import words
 from krony.cli.options import Destination, Device, Source, err, out, progress_bar
+from krony.compression.calibrate import SELF, sample
+from krony.compression.limits import parse_count
 from krony.errors import KronyError
-from krony.words import parse_count
+from krony.healing import curves
+from krony.healing.heal import HealConfig, HealRecord, heal
+from krony.healing.recipe import RECIPES
+from krony.hf import checkpoints
+from krony.hf.modeling import config_of
+from krony.measure import evaluate
+from krony.measure.memory import keep_memory
+from krony.text import blocks as blocks_module
+from krony.text.blocks import Blocks
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
+RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+DEFAULT_RECIPE = RecipeName("default")
 
-    from krony.healing.heal import HealConfig, HealRecord
-    from krony.text.blocks import Blocks
+
+class Freeze(StrEnum):
+    """What `--freeze` can leave as it is."""
+
+    none = "none"
+    dense = "dense"
 
 
 def heal_command(
@@ -36,7 +53,7 @@ def heal_command(
         typer.Option(help="ce, kl, features, or a sum such as ce+kl. Default: recipe's."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the KL divergence.")] = 1.0,
-    recipe: Annotated[words.Recipe, typer.Option(help="krony-pt is the paper's.")] = "default",
+    recipe: Annotated[RecipeName, typer.Option(help="krony-pt is the paper's.")] = DEFAULT_RECIPE,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Instead of the recipe's.")
     ] = None,
@@ -47,7 +64,7 @@ def heal_command(
     reconstruct: Annotated[
         int, typer.Option(help="First fit each MLP to the teacher's by so many steps: 300.")
     ] = 0,
-    freeze: Annotated[words.Freeze, typer.Option(help="dense: train the factors only.")] = "none",
+    freeze: Annotated[Freeze, typer.Option(help="dense: train the factors only.")] = Freeze.none,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out text. Default: 1 % of the training blocks.")
     ] = None,
@@ -77,28 +94,19 @@ def heal_command(
     seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
 ) -> None:
     """Train a compressed model on; with --teacher towards the dense model's predictions."""
-    import datasets
-    import torch
-
-    from krony.healing.heal import HealConfig, heal
-    from krony.hf import checkpoints
-    from krony.measure import evaluate
-    from krony.measure.memory import keep_memory
-    from krony.text import blocks as blocks_module
-
     keep_memory()
     state = _processes(device)
     checkpoints.check_destination(destination)
     run = destination.with_name(destination.name + ".run")
     config = HealConfig(
         tokens=parse_count(tokens, "--tokens") or 0,
-        recipe=recipe,
+        recipe=recipe.value,
         loss=loss,
         temperature=temperature,
         learning_rate=learning_rate,
         batch_tokens=parse_count(batch_tokens, "--batch-tokens"),
         reconstruct=reconstruct,
-        freeze=freeze,
+        freeze=freeze.value,
         eval_every=parse_count(eval_every, "--eval-every"),
         save_minutes=save_minutes,
         keep=keep,
@@ -176,11 +184,8 @@ def heal_command(
     state.wait_for_everyone()
 
 
-def _processes(device: str | None) -> "PartialState":
+def _processes(device: str | None) -> PartialState:
     """The processes that a launcher started, or this one alone; on the CPU if asked for."""
-    import torch
-    from accelerate import PartialState
-
     cpu = device == "cpu" or not torch.cuda.is_available()
     if device not in (None, "cpu", "cuda"):
         raise KronyError(
@@ -197,14 +202,11 @@ def _training(
     names: list[str],
     tokenizer: Any,
     teacher: Any,
-    config: "HealConfig",
+    config: HealConfig,
     window: int,
     streaming: bool,
     seed: int,
-) -> "Blocks":
-    from krony.compression.calibrate import SELF, sample
-    from krony.text import blocks as blocks_module
-
+) -> Blocks:
     if SELF not in names:
         return blocks_module.load_blocks(names, tokenizer, window, streaming=streaming, seed=seed)
     if names != [SELF] or teacher is None:
@@ -213,15 +215,8 @@ def _training(
 
 
 def _write(
-    model: Any, destination: Path, tokenizer: Any, record: "HealRecord", names: list[str]
+    model: Any, destination: Path, tokenizer: Any, record: HealRecord, names: list[str]
 ) -> None:
-    from accelerate import PartialState
-
-    from krony.healing import curves
-    from krony.hf import checkpoints
-    from krony.hf.modeling import config_of
-    from krony.measure import evaluate
-
     figures = {
         "data": names,
         "settings": record.settings,

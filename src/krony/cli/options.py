@@ -1,6 +1,7 @@
 """What the commands share: the two consoles, the progress bar, and options of more than one."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,16 +9,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from krony import words
+from krony.hf import checkpoints
 
 # Wide when not a terminal: a table that is piped into a file must not be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 err = Console(stderr=True, highlight=False)
 
+Dtype = StrEnum("Dtype", list(checkpoints.DTYPES))  # type: ignore[misc]
+
 Source = Annotated[str, typer.Argument(help="A Hub name, a model directory, or demo.")]
 Destination = Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-DtypeOption = Annotated[words.Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
 
 

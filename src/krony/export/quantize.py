@@ -13,6 +13,7 @@ from krony.hf.modeling import KroneckerConfig, attach, config_of, narrowed_layer
 from krony.nn import packing
 from krony.nn.layers import KroneckerGroup, KroneckerLinear
 from krony.nn.packing import Packed, Quantised
+from krony.runtime.quantized import quantize_weight, quantized_linear
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -57,7 +58,7 @@ def quantize(model: Model, to: str = "int8") -> Model:
         if not torch.isfinite(weight).all():
             raise KronyError(f"{name} has NaN or Inf in it; a model like that can't be quantised")
         bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-        layers[name] = packing.linear(packing.quantise_weight(weight.contiguous(), to, group), bias)
+        layers[name] = quantized_linear(quantize_weight(weight.contiguous(), to, group), bias)
         packed.append(Packed(name, shape, group, bias is not None, conv1d))
     if not packed:
         reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())

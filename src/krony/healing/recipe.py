@@ -10,7 +10,7 @@ from krony.errors import KronyError
 from krony.healing import losses
 from krony.hf.modeling import narrowed_layers
 from krony.nn.layers import KroneckerEmbedding, KroneckerLinear
-from krony.nn.packing import is_quantised
+from krony.runtime.layers import is_quantized
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def factored_layers(model: nn.Module) -> list[nn.Module]:
 
 def check_unquantised(model: nn.Module) -> None:
     """Raises `KronyError` for a model with quantised weights, which have no gradients."""
-    if any(is_quantised(p) for p in model.parameters()):
+    if any(is_quantized(p) for p in model.parameters()):
         raise KronyError(
             "the model is quantised, and integers can't be trained; heal it first, then quantise"
         )

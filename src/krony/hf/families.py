@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from krony.errors import KronyError
 from krony.maths.kron import Shape
 from krony.nn.layers import KroneckerEmbedding, KroneckerLinear
-from krony.nn.packing import is_quantised
+from krony.runtime.layers import is_quantized
 
 Role = Literal["up", "down", "attention", "embedding", "head", "other"]
 # What --target can name: which roles each name stands for.
@@ -145,7 +145,7 @@ def _by_set(model: PreTrainedModel, name: str) -> list[Target]:
                     f"the {name} matrices of this {type(model).__name__} are factored already; "
                     "fold it to dense first (krony export --to dense)"
                 )
-            if any(is_quantised(p) for p in model.parameters()):
+            if any(is_quantized(p) for p in model.parameters()):
                 raise KronyError(
                     f"the {name} matrices of this {type(model).__name__} are quantised; start from "
                     "the model that it was made from"
@@ -202,7 +202,7 @@ def _is_linear(module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, Conv1D):
         return False
     weight = dense_weight(module)
-    return weight.is_floating_point() and not is_quantised(weight)
+    return weight.is_floating_point() and not is_quantized(weight)
 
 
 def _target(name: str, module: nn.Module) -> Target:

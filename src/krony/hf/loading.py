@@ -24,7 +24,7 @@ from krony.hf import (
 )
 from krony.hf.whole import unwrapped
 from krony.nn.activations import fuse
-from krony.nn.packing import is_quantised
+from krony.runtime.layers import is_quantized
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,7 +185,7 @@ def names(found: list[str]) -> str:
 def _check_finite(source: str, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        if is_quantised(weight) or weight.is_meta or not weight.is_floating_point():
+        if is_quantized(weight) or weight.is_meta or not weight.is_floating_point():
             continue
         # Both ends of the range: NaN spreads to them, and it is a tenth of the time of isfinite.
         if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():

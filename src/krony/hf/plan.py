@@ -21,9 +21,9 @@ from krony.hf.strict import (
     read_json,
     string,
 )
-from krony.maths import kron, schemes
-from krony.maths.kron import LAYOUTS, Layout, Shape
+from krony.maths import schemes
 from krony.maths.schemes import Factors
+from krony.maths.shapes import LAYOUTS, Layout, Shape, check_scalars
 
 MOST_MATRICES, MOST_GROUPS = 100_000, 64
 
@@ -150,7 +150,7 @@ class MatrixPlan:
                 )
         for group in self.groups:
             group.check()
-            kron.check_scalars(self.scalars, group.interpolative)
+            check_scalars(self.scalars, group.interpolative)
             if group.shape != tuple(self.shape):
                 raise KronyError(
                     f"the plan's factors for {self.name} make {group.shape[0]}x{group.shape[1]}, "

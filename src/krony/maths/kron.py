@@ -14,53 +14,19 @@ outer[a, b]·inner[c, d]. Two layouts are in use:
 They differ by a fixed reordering of rows and columns.
 """
 
-import importlib
 from collections.abc import Sequence
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from krony.errors import KronyError
-from krony.maths.shapes import (
-    FORMING,
-    LAYOUTS,
-    Layout,
-    Shape,
-    Side,
-    check_factors,
-    check_scalars,
-    check_terms,
-    dense_from,
-    in_order,
-    mixes_first,
-    multiply_adds,
-)
-
-__all__ = [
-    "FORMING",
-    "LAYOUTS",
-    "Layout",
-    "Shape",
-    "Side",
-    "check_factors",
-    "check_scalars",
-    "check_terms",
-    "dense_from",
-    "fill",
-    "in_order",
-    "interpolate",
-    "large_to_linear",
-    "linear_to_large",
-    "mixes_first",
-    "multiply_adds",
-    "norm",
-    "norm_scale",
-    "prune",
-    "rearrange",
-    "sum_to_dense",
-    "to_dense",
-    "van_loan",
-]
+from krony.maths.shapes import LAYOUTS as LAYOUTS
+from krony.maths.shapes import Layout as Layout
+from krony.maths.shapes import Shape as Shape
+from krony.maths.shapes import check_terms
+from krony.runtime.layers import in_order as in_order
+from krony.runtime.layers import to_dense as to_dense
 
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
@@ -86,15 +52,6 @@ def rearrange(weight: Tensor, outer: Shape, inner: Shape) -> Tensor:
         )
     blocks = weight.reshape(outer[0], inner[0], outer[1], inner[1]).permute(0, 2, 1, 3)
     return blocks.reshape(outer[0] * outer[1], inner[0] * inner[1])
-
-
-def to_dense(outer: Tensor, inner: Tensor) -> Tensor:
-    """Σ_r outer_r ⊗ inner_r, from (R, m1, n1) and (R, m2, n2) to (m1·m2, n1·n2)."""
-    rows, columns = outer.shape[1] * inner.shape[1], outer.shape[2] * inner.shape[2]
-    # One matrix product of the rearranged factors, (m1·n1, R) by (R, m2·n2), then the way back.
-    product = outer.flatten(1).T @ inner.flatten(1)
-    blocks = product.reshape(*outer.shape[1:], *inner.shape[1:])
-    return blocks.permute(0, 2, 1, 3).reshape(rows, columns)
 
 
 def sum_to_dense(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -198,15 +155,12 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         large, small: (R, ...) each.
     Returns:
         large (R, ...) and free (R, q - R), float64, and order (q,), int32: entry j of the small
-        factors is column order[j] of [I, free], as `fill` puts it together.
+        factors is column order[j] of [I, free], as `runtime.layers.fill` puts it together.
     Source: interpolative decompositions, Cheng, Gimbutas, Martinsson and Rokhlin 2005.
     """
-    # Not imported with krony: scipy takes longer than all of the package, and the copies of this
-    # file in self-contained directories never get here and have no scipy.
-    qr = importlib.import_module("scipy.linalg").qr
     terms, shape = large.shape[0], large.shape
     basis, mix = torch.linalg.qr(small.double().flatten(1).T)  # small = mixᵀ basisᵀ
-    _, pivots = qr(basis.T.cpu().numpy(), mode="r", pivoting=True)
+    _, pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)
     kept = torch.from_numpy(pivots[:terms].astype("int64")).to(basis.device).sort().values
     is_kept = torch.zeros(len(basis), dtype=torch.bool, device=basis.device)
     is_kept[kept] = True
@@ -217,21 +171,11 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mixed, free, order.int()
 
 
-def fill(free: Tensor, order: Tensor) -> Tensor:
-    """Small factors (R, q) of the interpolative form: the columns of [I, free] in their order."""
-    unit = torch.eye(len(free), dtype=free.dtype, device=free.device)
-    return torch.cat([unit, free], 1).index_select(1, order)
-
-
 def large_to_linear(large: Tensor, mix_first: bool) -> Tensor:
-    """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last."""
+    """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last.
+
+    The inverse is `runtime.layers.linear_to_large`.
+    """
     if mix_first:
         return large.transpose(0, 1).flatten(1)
     return large.flatten(0, 1)
-
-
-def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
-    """The inverse of `large_to_linear`: back to (R, m1, n1)."""
-    if mix_first:
-        return weight.unflatten(1, (terms, -1)).transpose(0, 1)
-    return weight.unflatten(0, (terms, -1))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from krony.maths import kron
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from krony.nn.watched import can_keep
+from krony.runtime.layers import multiply_adds
 
 # Far beyond any cache, so that the memory itself is read.
 BUFFER_BYTES = 128 * 2**20
@@ -168,7 +168,7 @@ def matrix_multiply_adds(model: PreTrainedModel, tokens: int, predicted: int) ->
 def _group_multiply_adds(group: KroneckerGroup, tokens: int) -> int:
     """The cheaper of the factors one after the other and of forming W once."""
     large, small, terms = group.large_shape, group.small_shape, group.terms
-    factored = tokens * kron.multiply_adds(large, small, terms, group.mix_first)
+    factored = tokens * multiply_adds(large, small, terms, group.mix_first)
     entries = large[0] * large[1] * small[0] * small[1]
     return min(factored, (terms + tokens) * entries)
 

@@ -1,6 +1,1 @@
-"""Layers and the kernels behind them. Knows no model."""
-
-from krony.nn import kernels
-from krony.nn.layers import KroneckerGroup, KroneckerLinear
-
-KroneckerGroup.fused = KroneckerLinear.fused = kernels
+"""Layers of factors and how they are run: products, quantized weights, kernels. Knows no model."""

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from krony.maths import kron
 from krony.maths.kron import Layout, Shape
-from krony.nn import products, tensor_rank
+from krony.nn import tensor_rank
 from krony.nn.cpu import decode as cpu_decode
 from krony.nn.gpu.step import Step
+from krony.runtime.layers import is_exporting, linear_to_large
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
 MAX_TOKENS = 16
@@ -80,7 +81,7 @@ def fits(small: Sequence[int]) -> bool:
 
 def can_take(x: Tensor) -> bool:
     """Whether the kernels can run on x: Triton, a recent GPU, a dtype of theirs, no autocast."""
-    if not (x.is_cuda or _INTERPRETED) or products.is_exporting():
+    if not (x.is_cuda or _INTERPRETED) or is_exporting():
         return False
     return (
         _INSTALLED
@@ -213,7 +214,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     """
     x, small, weight = ctx.saved_tensors
     terms, m2, n2 = small.shape
-    large = kron.linear_to_large(weight, terms, ctx.mix_first)
+    large = linear_to_large(weight, terms, ctx.mix_first)
     if ctx.small_outer:
         inputs, outputs = x.reshape(-1, n2, ctx.n1), grad.reshape(-1, m2, ctx.m1)
     else:

@@ -1,56 +1,34 @@
-"""Linear layers and embeddings whose weight is a sum of Kronecker products."""
+"""Linear layers and embeddings whose weight is a sum of Kronecker products, by the fastest kernels.
 
-import math
+What they compute stands in `krony.runtime.layers`; these ask the kernels first, and have what
+compressing and training need.
+"""
+
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krony.errors import KronyError
 from krony.maths import kron
-from krony.maths.kron import Layout, Shape
-from krony.nn import products
+from krony.maths.shapes import Layout, Shape, check_factors, check_scalars
+from krony.nn import kernels, products
 from krony.nn.cpu import kernels as cpu_kernels
-from krony.nn.packing import is_quantised, is_weight_only
+from krony.nn.packing import is_weight_only
 from krony.nn.watched import Formed, can_keep
+from krony.runtime import layers as plain
+from krony.runtime.layers import is_hooked
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something is to happen when this module is called, before or after its forward.
+class KroneckerGroup(plain.KroneckerGroup):
+    """R Kronecker terms of one shape, no bias, as `runtime.layers.KroneckerGroup` describes them.
 
-    That inputs are moved to where it is, as accelerate does in a model on several devices, is
-    nothing: the parts of a layer are in one place.
+    A new one has random factors.
+
+    Raises:
+        KronyError: sides below 1, terms beyond the possible rank, an unknown layout, or scalars of
+            interpolative factors.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    hook: Any = module.__dict__.get("_hf_hook")
-    return hook is not None and (type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload))
-
-
-def is_plain_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
-    """Whether a module is just a weight and a bias: not quantised, adapted or sharded."""
-    return type(module) in kinds and type(module._parameters.get("weight")) is nn.Parameter
-
-
-class KroneckerGroup(nn.Module):
-    """R Kronecker terms of one shape, no bias: Σ_r s_r (B_r ⊗ A_r), or Σ_r s_r (A_r ⊗ B_r).
-
-    The large factors live in `large`, an ordinary `nn.Linear`, so that whatever works on linear
-    layers (quantisation, adapters, sharding) works on them. Which of the two contraction orders is
-    used follows from the shapes alone, because the order fixes the layout of that weight.
-
-    Parameters:
-        large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
-        small: (R, m2, n2); with `interpolative=True` (R, m2·n2 - R), and a buffer `order` (m2·n2,)
-            that says where the unit matrix and these go (`kron.interpolate`).
-        scalars: (R,), only with `scalars=True` (Krony-PT, section III-F).
-    """
-
-    order: Tensor | None
-    # Other ways for a few tokens and for many (kernels.py). Set where krony is imported: this
-    # module is also copied into self-contained models, which do without.
-    fused: Any = None
 
     def __init__(
         self,
@@ -63,26 +41,9 @@ class KroneckerGroup(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        kron.check_factors(large, small, terms, layout)
-        kron.check_scalars(scalars, interpolative)
-        self.large_shape: Shape = (large[0], large[1])
-        self.small_shape: Shape = (small[0], small[1])
-        self.terms, self.layout = terms, layout
-        self.mix_first = kron.mixes_first(large, small)
-        self.dense_from = kron.dense_from(large, small, terms, self.mix_first)
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        m1, n1 = large
-        if self.mix_first:
-            self.large = nn.Linear(terms * n1, m1, bias=False, **where)
-        else:
-            self.large = nn.Linear(n1, terms * m1, bias=False, **where)
-        entries = small[0] * small[1]
-        stored = (entries - terms,) if interpolative else small
-        self.small = nn.Parameter(torch.empty(terms, *stored, **where))
-        order = torch.arange(entries, dtype=torch.int32, device=device) if interpolative else None
-        self.register_buffer("order", order)
-        self.scalars = nn.Parameter(torch.ones(terms, **where)) if scalars else None
+        check_factors(large, small, terms, layout)
+        check_scalars(scalars, interpolative)
+        super().__init__(large, small, terms, layout, scalars, interpolative, device, dtype)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -101,24 +62,9 @@ class KroneckerGroup(nn.Module):
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
-    @property
-    def scaled_small(self) -> Tensor:
-        """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
-        if self.order is not None:
-            full = cpu_kernels.fill(self.small, self.order)
-            full = kron.fill(self.small, self.order) if full is None else full
-            return full.unflatten(1, self.small_shape)
-        if self.scalars is None:
-            return self.small
-        return self.small * self.scalars[:, None, None]
-
-    @property
-    def large_factors(self) -> Tensor:
-        """The large factors A: (R, m1, n1)."""
-        weight = self.large.weight
-        if is_quantised(weight):
-            weight = weight.dequantize()
-        return kron.linear_to_large(weight, self.terms, self.mix_first)
+    def filled(self, order: Tensor) -> Tensor:
+        made = cpu_kernels.fill(self.small, order)
+        return super().filled(order) if made is None else made
 
     @torch.no_grad()
     def set_factors(self, large: Tensor, small: Tensor, scalars: Tensor | None = None) -> None:
@@ -147,115 +93,48 @@ class KroneckerGroup(nn.Module):
             self.small = nn.Parameter(self.scaled_small.clone(), self.small.requires_grad)
             self.order = None
 
-    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W of this group, (m, n), summed in `dtype` (default: that of the factors)."""
-        large, small = self.large_factors.to(dtype), self.scaled_small.to(dtype)
-        return kron.to_dense(*kron.in_order(large, small, self.layout))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether `large` is just its weight: not quantised, adapted, sharded or offloaded."""
-        large = self.large
-        if not is_plain_linear(large) or is_hooked(large):
-            return False
-        return large.weight.device == self.small.device
-
     @property
     def is_weight_only(self) -> bool:
         """Whether `large` is just a quantised weight, of which the numbers can be taken."""
         large: Any = self.large
         return type(large) is nn.Linear and is_weight_only(large.weight) and not is_hooked(large)
 
-    def forms_dense(self, tokens: int) -> bool:
-        """Whether W is formed for a batch of so many tokens (`kron.dense_from`).
-
-        Never where `large` is more than a plain layer, with a forward of its own, nor in an
-        exported graph, where the number of tokens is not known.
-        """
-        if products.is_exporting():
-            return False
-        return tokens > self.dense_from and self.is_plain
-
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.terms > 1 and self.fused is not None:
-            made: Tensor | None = self.fused.run_many(self, x, bias)
-            if made is not None:
-                return made
-        if self.dense_from < math.inf and self.forms_dense(x.numel() // x.shape[-1]):
-            return F.linear(x, self.to_dense(), bias)
-        return self.factored(x, bias)
+        made = kernels.run_many(self, x, bias) if self.terms > 1 else None
+        return super().forward(x, bias) if made is None else made
 
     def factored(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias (m,) by the factors, whatever the number of tokens."""
         plain = self.is_plain
-        if plain and self.fused is not None:
-            made: Tensor | None = self.fused.run(self, x)
-            if made is not None:
-                return made if bias is None else products.add(made, bias)
+        if plain and (made := kernels.run(self, x)) is not None:
+            return made if bias is None else products.add(made, bias)
         large = self.large.weight if plain else self.large
         shapes = (self.large_shape, self.layout, self.mix_first)
         return products.apply(x, self.scaled_small, large, *shapes, bias)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W, (..., n), W not formed."""
-        factors = kron.in_order(self.large_factors, self.scaled_small, self.layout)
-        return products.rows(ids, *factors)
 
-    def extra_repr(self) -> str:
-        large, small = ("x".join(map(str, s)) for s in (self.large_shape, self.small_shape))
-        learnable = ", scalars" if self.scalars is not None else ""
-        form = ", interpolative" if self.order is not None else ""
-        return f"{self.terms} x ({large} by {small}), {self.layout}{learnable}{form}"
+class KroneckerLinear(plain.KroneckerLinear):
+    """y = x Wᵀ + b, as `runtime.layers.KroneckerLinear` describes it.
 
-
-class KroneckerLinear(nn.Module):
-    """y = x Wᵀ + b with W = Σ_groups Σ_r s_r (B_r ⊗ A_r); drop-in for `nn.Linear` and `Conv1D`.
-
-    One group of one shape is the common case; groups of different shapes add up, for example a
-    low-rank group (A (m, 1), B (1, n): R terms are a rank-R matrix) and a Kronecker group.
-
-    Args:
-        in_features, out_features: n and m.
-        groups: any number of `KroneckerGroup`, each of them m by n.
-        bias: whether to hold a bias (m,).
     Attributes:
         keeps_formed: W is kept beside the factors once inference has formed it (`formed`).
     Raises:
         KronyError: no group, or a group whose shapes do not multiply to (m, n).
     """
 
-    fused: Any = None  # see `KroneckerGroup`
     keeps_formed = False
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        groups: list[KroneckerGroup],
+        groups: list[Any],
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         _check_groups(groups, out_features, in_features)
-        self.in_features, self.out_features = in_features, out_features
-        self.groups = nn.ModuleList(groups)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense W (m, n), formed anew at each access; writing to it changes nothing.
-
-        It exists because the model code of several families reads `.weight` of its linear layers.
-        """
-        return self.to_dense()
-
-    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense W (m, n), summed in `dtype` (default: that of the factors), differentiable."""
-        return _sum_to_dense(self.groups, dtype)
+        super().__init__(in_features, out_features, groups, bias, device, dtype)
 
     def formed(self) -> Tensor | None:
         """W (m, n), kept from call to call, or None where the factors are to be used.
@@ -286,92 +165,34 @@ class KroneckerLinear(nn.Module):
         return super()._apply(*arguments, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused is not None:
-            made: Tensor | None = self.fused.run_layer(self, x)
-            if made is not None:
-                return made
-        if (weight := self.formed()) is not None:
+        made = kernels.run_layer(self, x)
+        if made is None and (weight := self.formed()) is not None:
             y = products.project(x.reshape(-1, self.in_features), weight, self.bias)
-            return y.reshape(*x.shape[:-1], self.out_features)
-        first, *others = self.groups
-        # By name: torch counts FLOPs with hooks that choke on a parameter among the arguments.
-        y = first(x, bias=self.bias)
-        for group in others:
-            y = products.add(y, group(x))
-        return y
-
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+            made = y.reshape(*x.shape[:-1], self.out_features)
+        return super().forward(x) if made is None else made
 
 
-class KroneckerEmbedding(nn.Module):
-    """Rows of W = Σ_groups Σ_r s_r (B_r ⊗ A_r), (V, D), looked up without forming W.
+class KroneckerEmbedding(plain.KroneckerEmbedding):
+    """Rows of W, as `runtime.layers.KroneckerEmbedding` describes them.
 
-    Args:
-        num_embeddings, embedding_dim: V tokens and D.
-        groups: any number of `KroneckerGroup`, each of them V by D.
-        padding_idx: kept for the way back to `nn.Embedding`; no row has gradients of its own here.
     Raises:
         KronyError: no group, or a group whose shapes do not multiply to (V, D).
     """
+
+    output = KroneckerLinear
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        groups: list[KroneckerGroup],
+        groups: list[Any],
         padding_idx: int | None = None,
     ) -> None:
-        super().__init__()
         _check_groups(groups, num_embeddings, embedding_dim)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
-        self.groups = nn.ModuleList(groups)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense W (V, D), formed anew at each access; writing to it changes nothing."""
-        return self.to_dense()
-
-    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense W (V, D), summed in `dtype` (default: that of the factors), differentiable."""
-        return _sum_to_dense(self.groups, dtype)
-
-    def tied_linear(self) -> KroneckerLinear:
-        """The output matrix y = x Wᵀ with the same parameters: one set of them in memory."""
-        shared = []
-        for mine in self.groups:
-            assert isinstance(mine, KroneckerGroup)
-            with torch.device("meta"):
-                group = KroneckerGroup(
-                    mine.large_shape,
-                    mine.small_shape,
-                    mine.terms,
-                    mine.layout,
-                    mine.scalars is not None,
-                    mine.order is not None,
-                )
-            # An index, not a weight, which transformers would not tie: it stays out of the file.
-            order = None if mine.order is None else mine.order.clone()
-            group.register_buffer("order", order, persistent=False)
-            group.large.weight, group.small = mine.large.weight, mine.small
-            if mine.scalars is not None:
-                group.scalars = mine.scalars
-            shared.append(group)
-        return KroneckerLinear(self.embedding_dim, self.num_embeddings, shared, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        first, *others = self.groups
-        y: Tensor = first.rows(ids)  # type: ignore[operator]
-        for group in others:
-            y = y + group.rows(ids)  # type: ignore[operator]
-        return y
-
-    def extra_repr(self) -> str:
-        return f"tokens={self.num_embeddings}, model={self.embedding_dim}"
+        super().__init__(num_embeddings, embedding_dim, groups, padding_idx)
 
 
-def _check_groups(groups: list[KroneckerGroup], m: int, n: int) -> None:
+def _check_groups(groups: list[Any], m: int, n: int) -> None:
     if not groups:
         raise KronyError("a factored layer needs at least one group of factors; none given")
     for group in groups:
@@ -381,11 +202,3 @@ def _check_groups(groups: list[KroneckerGroup], m: int, n: int) -> None:
                 f"factors {m1}x{n1} and {m2}x{n2} make a {m1 * m2}x{n1 * n2} matrix, but the "
                 f"layer is {m}x{n}; choose factors that divide it"
             )
-
-
-def _sum_to_dense(groups: nn.ModuleList, dtype: torch.dtype | None) -> Tensor:
-    parts: list[Any] = list(groups)
-    dense: Tensor = parts[0].to_dense(dtype)
-    for group in parts[1:]:
-        dense = dense + group.to_dense(dtype)
-    return dense

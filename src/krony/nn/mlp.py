@@ -22,9 +22,10 @@ from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.cpu import tiles as cpu_tiles
 from krony.nn.cpu.decode import Parts
 from krony.nn.gpu import mlp as gpu_mlp
-from krony.nn.layers import KroneckerLinear, is_hooked, is_plain_linear
+from krony.nn.layers import KroneckerLinear
 from krony.nn.products import Route
 from krony.nn.watched import WatchedLayers
+from krony.runtime.layers import is_hooked, is_plain_linear
 
 _PROBE = 2  # tokens on which the parts are checked against the module's own forward
 _LEAST = 32  # tokens from which one loop takes less than the calls that it saves

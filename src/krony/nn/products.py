@@ -12,22 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from krony.maths.kron import Layout, Shape
+from krony.maths.shapes import Layout, Shape
 from krony.nn.cpu import kernels as cpu_kernels
+from krony.runtime import layers
+from krony.runtime.layers import add as add
+from krony.runtime.layers import from_slices as from_slices
+from krony.runtime.layers import is_exporting
+from krony.runtime.layers import mixing as mixing
+from krony.runtime.layers import to_slices as to_slices
 
 # Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
 FEW_ROWS = 32
 # Up to so many entries of a small factor, a GPU takes products with it by element.
 FEW_ENTRIES = 16
-
-
-@torch.compiler.assume_constant_result
-def is_exporting() -> bool:
-    """Whether a graph is being made in which the number of tokens is not known.
-
-    Older versions of torch.compile take `torch.compiler.is_exporting` for true of themselves.
-    """
-    return torch.compiler.is_exporting()
 
 
 def apply(
@@ -39,79 +36,26 @@ def apply(
     mix_first: bool = True,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r), without forming W.
-
-    Two matrix products: a large one, and a small one that mixes n2 (or m2·R) slices of the
-    activations, before it or after it.
+    """`runtime.layers.apply` by the cheapest calls, and with less to keep for the backward pass.
 
     Args:
-        x: (..., n).
-        small: B, (R, m2, n2).
-        large: `large_to_linear(A, mix_first)`, or any linear map of that weight: (T, R·n1) to
-            (T, m1) when mixed first, else (T, n1) to (T, R·m1).
-        bias: (m,), added where that costs least.
-    Returns:
-        (..., m).
+        large: the linear map of A, or its weight.
     """
-    (m1, n1), (terms, m2, n2) = large_shape, small.shape
-    lead = x.shape[:-1]
-    x = to_slices(x, (-1, n2, n1), layout)
-    offset = None if bias is None else to_slices(bias, (m2, m1), layout)
-    if mix_first:
-        if isinstance(large, Tensor):
-            inside = None
-            if bias is not None and m2 == 1:  # BLAS adds it as it goes
-                inside, offset = bias.to(x.dtype), None
-            y = _mixed(x, mixing(small, mix_first), large, inside)
-        else:
-            y = large(mix(mixing(small, mix_first), x).reshape(-1, terms * n1))
-        y = y.reshape(-1, m2, m1)
-        if offset is not None:
-            y = add(y, offset)
-    else:
-        rows = x.reshape(-1, n1)
-        rows = project(rows, large) if isinstance(large, Tensor) else large(rows)
-        y = mix(mixing(small, mix_first), rows.reshape(-1, n2 * terms, m1), offset)
-    return from_slices(y, lead, layout)
-
-
-def mixing(small: Tensor, mix_first: bool) -> Tensor:
-    """B (R, m2, n2) as one matrix, for `mix`: (m2·R, n2) before the large product, else (m2, n2·R)
-    after it."""
-    if len(small) == 1:
-        return small[0]
-    return (small.transpose(0, 1).flatten(0, 1)) if mix_first else small.permute(1, 2, 0).flatten(1)
-
-
-def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """An axis of q·k numbers as q slices, a side of the small factor, of k, one of the large.
-
-    Args:
-        x: (..., q·k). shape: (..., q, k), of the result.
-    """
-    *lead, q, k = shape
-    if layout == "small-outer":
-        return x.reshape(shape)
-    return x.reshape(*lead, k, q).transpose(-1, -2)
-
-
-def from_slices(y: Tensor, lead: tuple[int, ...], layout: Layout) -> Tensor:
-    """The inverse of `to_slices` for y (T, q, k): (*lead, q·k)."""
-    _, q, k = y.shape
-    if layout == "large-outer":
-        y = y.transpose(-1, -2)
-    return y.reshape(*lead, q * k)
-
-
-def add(y: Tensor, bias: Tensor) -> Tensor:
-    """y + bias, in y's own memory where no gradient is wanted: fresh pages cost more than sums.
-
-    In y's dtype: autocast leaves sums alone, and float32 would spread from here.
-    """
-    bias = bias.to(y.dtype)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return y + bias
-    return y.add_(bias)
+    shapes = large_shape, layout, mix_first
+    if not isinstance(large, Tensor):
+        return layers.apply(x, small, large, *shapes, bias, mix)
+    weight = large
+    if not mix_first:
+        return layers.apply(x, small, lambda rows: project(rows, weight), *shapes, bias, mix)
+    (m1, n1), (_, m2, n2) = large_shape, small.shape
+    inside, offset = None, None if bias is None else to_slices(bias, (m2, m1), layout)
+    if bias is not None and m2 == 1:  # BLAS adds it as it goes
+        inside, offset = bias.to(x.dtype), None
+    slices = to_slices(x, (-1, n2, n1), layout)
+    y = _mixed(slices, mixing(small, mix_first), weight, inside).reshape(-1, m2, m1)
+    if offset is not None:
+        y = add(y, offset)
+    return from_slices(y, x.shape[:-1], layout)
 
 
 def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = False) -> Tensor:
@@ -124,19 +68,11 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = Fal
     """
     if (found := cpu_kernels.mix(mixing, x, bias, apart)) is not None:
         return found
-    tokens, q, k = x.shape
-    if k == 1:  # the low-rank corner: an ordinary linear map
-        offset = None if bias is None else bias.squeeze(-1)
-        return F.linear(x.squeeze(-1), mixing, offset).unsqueeze(-1)
-    if q == 1:  # in the dtype of x, see `add`
-        mixing = mixing.to(x.dtype)
-        return mixing * x if bias is None else torch.addcmul(bias.to(x.dtype), mixing, x)
-    if by_all_tokens(x):
+    _, q, k = x.shape
+    if q > 1 and k > 1 and by_all_tokens(x):
         y = mix_all(mixing.to(x.dtype), x)
         return y if bias is None else add(y, bias)
-    # torch.matmul, which would do for all, spends several times as long on finding the call.
-    many = mixing.expand(tokens, -1, -1)
-    return torch.bmm(many, x) if bias is None else torch.baddbmm(bias, many, x)
+    return layers.mix(mixing, x, bias)
 
 
 def by_all_tokens(x: Tensor) -> bool:
@@ -252,30 +188,6 @@ class _Mixed(torch.autograd.Function):
             if for_x:
                 of_x = mix(mixing.T, of_rows)
         return of_x, of_mixing, of_weight
-
-
-def rows(ids: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """Rows of W = Σ_r outer_r ⊗ inner_r, without forming W: an embedding's lookup.
-
-    Row c·m_inner + a of a Kronecker product is outer's row c ⊗ inner's row a.
-
-    Args:
-        ids: (...), row numbers from 0 to m - 1.
-        outer, inner: (R, ·, ·) each.
-    Returns:
-        (..., n).
-    """
-    left = _pick(outer, ids // inner.shape[1])
-    right = _pick(inner, ids % inner.shape[1])
-    return torch.einsum("...rd,...rb->...db", left, right).flatten(-2).reshape(*ids.shape, -1)
-
-
-def _pick(factors: Tensor, ids: Tensor) -> Tensor:
-    """Row `ids` of every term: (..., R, n); a single row is not repeated: (R, n)."""
-    if factors.shape[1] == 1:
-        return factors[:, 0]
-    table = factors.transpose(0, 1).flatten(1)
-    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))
 
 
 @dataclass(frozen=True)

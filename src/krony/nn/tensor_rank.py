@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krony.maths import kron
+from krony.maths.shapes import Layout, Shape
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.products import Route, mix
+from krony.runtime.layers import FORMING, multiply_adds
 
 MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
 SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
@@ -128,9 +129,7 @@ def _fit(small: Tensor, products: int) -> Decomposition | None:
     return Decomposition(c[best_start], (u / lengths[0])[best_start], (v / lengths[1])[best_start])
 
 
-def summed(
-    found: Decomposition, weight: Tensor, large_shape: kron.Shape, mix_first: bool
-) -> Tensor:
+def summed(found: Decomposition, weight: Tensor, large_shape: Shape, mix_first: bool) -> Tensor:
     """Σ_r c_rk A_r, transposed: (K, n1, m1), of A as `kron.large_to_linear` lays it out."""
     (m1, n1), (terms, products) = large_shape, found.c.shape
     if mix_first:  # (m1, R·n1)
@@ -144,8 +143,8 @@ def summed(
 def route(
     found: Decomposition,
     weight: Tensor,
-    large_shape: kron.Shape,
-    layout: kron.Layout = "small-outer",
+    large_shape: Shape,
+    layout: Layout = "small-outer",
     mix_first: bool = True,
 ) -> Route:
     """The way through K large products, for a weight as `kron.large_to_linear` lays it out."""
@@ -173,7 +172,7 @@ def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
 def _products(group: Any) -> float:
     """Products of the large factor's size that a token takes by the terms."""
     (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-    return kron.multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
+    return multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
 
 
 def _may_help(group: Any, tokens: int, dtype: torch.dtype) -> bool:
@@ -204,7 +203,7 @@ def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition 
         return None
     m2, n2 = group.small_shape
     # By the terms, or formed; each in products of the large factor's size.
-    now = min(_products(group) * tokens, m2 * n2 * (tokens + group.terms + kron.FORMING))
+    now = min(_products(group) * tokens, m2 * n2 * (tokens + group.terms + FORMING))
     summing = _summing(dtype)  # asked last, since it compiles
     if now < summing:
         return None

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.cpu.kernels import FLAG, POINTER, SIZE
-from krony.nn.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
 from krony.nn.watched import Watched
+from krony.runtime.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
 
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
 # those of bfloat16 sooner: they have instructions of their own.
@@ -71,7 +71,7 @@ class Prepared(Watched):
     def __init__(self, owner: nn.Module, parts: Parts | None) -> None:
         super().__init__()
         self._kept: list[Any] = []
-        self._formed: list[tuple[KroneckerLinear, int]] = []  # and where their W is
+        self._formed: list[tuple[Any, int]] = []  # and where their W is
         self._dtypes: set[torch.dtype] = set()
         self._usable, self.by_columns = True, False
         self.slices = 1  # rows a token that meet a large factor, at most
@@ -91,12 +91,12 @@ class Prepared(Watched):
     def _matrix(self, layer: Any) -> _Matrix:
         groups: list[Any] = [layer]
         bias = None if isinstance(layer, KroneckerGroup) else self._address(layer, "bias")
-        if isinstance(layer, KroneckerLinear) and (weight := layer.formed()) is not None:
+        if _is_factored(layer) and (weight := layer.formed()) is not None:
             self._formed.append((layer, weight.data_ptr()))
             self._dtypes.add(weight.dtype)
             made = (_Group * 1)(_whole(weight.data_ptr(), *weight.shape))
         else:
-            if isinstance(layer, KroneckerLinear):
+            if _is_factored(layer):
                 held = self.child(layer, "groups")
                 groups = [self.child(held, name) for name in held._modules]
             made = (_Group * len(groups))(*map(self._group, groups))
@@ -138,6 +138,10 @@ class Prepared(Watched):
         )
 
 
+def _is_factored(layer: nn.Module) -> bool:
+    return isinstance(layer, KroneckerLinear)
+
+
 def _whole(address: int | None, m: int, n: int, by_columns: bool = False) -> _Group:
     """A weight that is not factored, (m, n) or by columns (n, m)."""
     into = _Group()
@@ -153,9 +157,9 @@ def _is_at(weight: Tensor | None, address: int) -> bool:
 def _is_plain(layer: Any) -> bool:
     """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded; or with
     its W."""
-    if isinstance(layer, KroneckerLinear) and (weight := layer.formed()) is not None:
+    if _is_factored(layer) and (weight := layer.formed()) is not None:
         return weight.is_cpu
-    groups: Any = layer.groups if isinstance(layer, KroneckerLinear) else [layer]
+    groups: Any = layer.groups if _is_factored(layer) else [layer]
     return all(
         (
             group.is_plain

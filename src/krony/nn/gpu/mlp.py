@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from krony.maths import kron
+from krony.maths.shapes import Layout
 from krony.nn import kernels, products
 from krony.nn.gpu.step import Step
-from krony.nn.layers import KroneckerLinear, is_hooked, is_plain_linear
+from krony.nn.layers import KroneckerLinear
 from krony.nn.watched import WatchedLayers
+from krony.runtime.layers import is_hooked, is_plain_linear
 
 
 class Steps(WatchedLayers):
@@ -75,7 +76,7 @@ def by_blas(x: Tensor, step: Step) -> Tensor:
     """What a step makes of many tokens (T, n) that is one large product, one term, and a bias:
     cuBLAS is the better one there."""
     (weight,), (m1, n1, m2, n2) = step.weights, step.sides
-    layout: kron.Layout = "small-outer" if step.small_outer else "large-outer"
+    layout: Layout = "small-outer" if step.small_outer else "large-outer"
     mixing = products.mixing(step.smalls[0], step.mix_first) if step.smalls else None
     inner, outer = (mixing, None) if step.mix_first else (None, mixing)
     route = products.Route((m2, m1, n2, n1), layout, weight, inner, outer)

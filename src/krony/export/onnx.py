@@ -1,10 +1,8 @@
-"""Models for where krony is not installed: as an ONNX graph, or with the code that loads them."""
+"""Models as ONNX graphs."""
 
 import importlib
 import inspect
-import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
-from krony.hf.checkpoints import new_directory, save_model
+from krony.hf.checkpoints import new_directory
 from krony.hf.families import cache_name
-from krony.hf.modeling import config_of, form, quantised_of, sharing
+from krony.hf.modeling import form, quantised_of, sharing
 from krony.measure.evaluate import context_length
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
@@ -198,124 +195,3 @@ def _difference(model: PreTrainedModel, path: Path, past: Past) -> float:
             )
         largest = max(largest, difference)
     return largest
-
-
-def self_contained(
-    model: PreTrainedModel,
-    destination: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Path:
-    """Write a factored model with the code that loads it where krony is not installed.
-
-    There `AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True)` gives a
-    subclass of the architecture's own class in transformers. Its code is a copy of krony's modules
-    that load and run factors, which need torch and transformers only (a quantised model also
-    torchao). With krony imported, the directory is one like any other.
-
-    Raises:
-        KronyError: a dense model, or a class that is not one of transformers.
-    """
-    if config_of(model) is None:
-        raise KronyError("the model is dense, and needs no code beyond transformers")
-    bases = (c for c in type(model).__mro__ if getattr(transformers, c.__name__, None) is c)
-    base = next(bases, PreTrainedModel)
-    if base is PreTrainedModel:
-        raise KronyError(
-            f"{type(model).__name__} is no class of transformers, so its code would be missing; "
-            "export it with --to dense"
-        )
-    name = base.__name__
-
-    def write_code(folder: Path) -> None:
-        modules = _needed("hf.modeling")
-        for module in modules:
-            (folder / f"krony_{_flat(module)}.py").write_text(_detached(module), encoding="utf-8")
-        imports = "\n".join(
-            f"from .krony_{_flat(m)} import __doc__ as _{_flat(m)}"
-            for m in sorted(modules - {_TRITON})
-        )
-        code = _MODEL.format(name=name, imports=imports)
-        (folder / "modeling_krony.py").write_text(code, encoding="utf-8")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_krony.{name}"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    return save_model(model, destination, tokenizer, also=write_code)
-
-
-_MODEL = '''"""{name} with factored matrices, for trust_remote_code=True. Written by krony export.
-
-The files krony_*.py are copies of the modules of krony (Apache-2.0). The import of
-krony_hf_modeling
-registers the loader, which puts the factored layers in place from config.json.
-"""
-
-import transformers
-
-# By name: transformers copies the files that are imported in this form.
-{imports}
-
-
-class {name}(transformers.{name}):
-    """The architecture's own class; its matrices are sums of Kronecker products."""
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: what transformers converts for this class, by its name, is to be converted."""
-        return False
-'''
-_FILE = re.compile(r"Path\(__file__\)\.with_name\(\"(.+)\"\)\.read_text\(encoding=\"utf-8\"\)")
-_IMPORT = re.compile(r"^( *)from krony(?:\.([\w.]+))? import ([^(\n]+|\([^)]*\))$", re.MULTILINE)
-_TRITON = "nn.gpu.triton_kernels"  # imported at its first use, and only where Triton is
-
-
-def _file(module: str) -> Path:
-    return Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
-
-
-def _source(module: str) -> str:
-    return _file(module).read_text(encoding="utf-8")
-
-
-def _needed(module: str) -> set[str]:
-    """The module and all modules of krony that it imports, directly or not."""
-    found, waiting = set(), [module]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        for _, inner, names in _IMPORT.findall(_source(name)):
-            waiting += _imported(inner, names)
-    return found
-
-
-def _imported(inner: str | None, names: str) -> list[str]:
-    """The modules that `from krony.inner import names` brings."""
-    if inner and _file(inner).exists():
-        return [inner]
-    start = f"{inner}." if inner else ""
-    return [start + name.split(" as ")[0] for name in re.findall(r"\w+(?: as \w+)?", names)]
-
-
-def _flat(module: str) -> str:
-    return module.replace(".", "_")
-
-
-def _detached(module: str) -> str:
-    """A module's source with relative imports, and with the text of files in it."""
-
-    def relative(match: re.Match[str]) -> str:
-        indent, inner, names = match.groups()
-        if inner and _file(inner).exists():
-            return f"{indent}from .krony_{_flat(inner)} import {names}"
-        lines = []
-        for name in re.findall(r"\w+(?: as \w+)?", names):
-            (found,), alias = _imported(inner, name), name.split(" as ")[-1]
-            lines.append(f"{indent}from . import krony_{_flat(found)} as {alias}")
-        return "\n".join(lines)
-
-    source = _IMPORT.sub(relative, _source(module))
-    # transformers copies no other files than those of Python.
-    folder = _file(module).parent
-    return _FILE.sub(lambda m: repr((folder / m[1]).read_text(encoding="utf-8")), source)
