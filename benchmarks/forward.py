@@ -10,9 +10,6 @@ python benchmarks/forward.py [--threads 1 2] [--tokens 1 8 128 1024] [--dtypes f
 python benchmarks/forward.py --what stack --layers 48 --threads 1                    # on a GPU
 """
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krony.hf.checkpoints import write_file, write_json
-from krony.measure import evaluate
+from krony.hf.checkpoints import write_file
 from krony.measure.memory import keep_memory
 from krony.measure.runtimes import recorded
 from krony.nn import mlp
 from krony.nn.activations import TanhGELU
 from krony.nn.layers import KroneckerGroup, KroneckerLinear
+from records import Record, parser
+from timing import against, device_here, rounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -173,39 +171,6 @@ def rivals(
     return every
 
 
-@torch.inference_mode()
-def seconds(
-    runs: dict[str, Callable[[Tensor], Tensor]], x: Tensor, budget: float, least: int
-) -> dict[str, list[float]]:
-    """Rounds in which every rival runs once: at least `least`, and `budget` seconds of them."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    began, rounds = time.perf_counter(), -2
-    while rounds < least or time.perf_counter() - began < budget:
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            if rounds >= 0:  # the first two warm up
-                taken[name].append(time.perf_counter() - started)
-        rounds += 1
-    return taken
-
-
-def ratios(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and spread of the dense model's time over each rival's, round by round."""
-    found = {}
-    for name, times in taken.items():
-        each = [d / t for d, t in zip(taken["dense"], times, strict=True)]
-        found[name] = {
-            "ratio": round(statistics.median(each), 3),
-            "least": round(min(each), 3),
-            "most": round(max(each), 3),
-            "milliseconds": round(statistics.median(times) * 1e3, 3),
-        }
-    return found
-
-
 def table(rows: list[dict[str, Any]], what: str, threads: int, dtype: str) -> str:
     """A Markdown table of one setting: schemes down, tokens and rivals across."""
     mine = [r for r in rows if (r["what"], r["threads"], r["dtype"]) == (what, threads, dtype)]
@@ -271,66 +236,89 @@ def draw(rows: list[dict[str, Any]], path: Path, gpu: str, graphs: bool) -> None
     plt.close(figure)
 
 
+def command_line() -> Any:
+    """Options; small ones are filled in."""
+    made = parser(__doc__ or "", "forward")
+    made.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 1024])
+    made.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    made.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    made.add_argument("--what", nargs="+", default=["stack", "one"], choices=["stack", "one"])
+    made.add_argument("--layers", type=int, default=12)
+    made.add_argument("--scale", type=int, default=1, help="how many times as wide as GPT-2 small")
+    made.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    made.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
+    made.add_argument("--eager", action="store_true", help="on a GPU, no CUDA graphs")
+    made.add_argument("--seconds", type=float, default=3.0, help="for each cell")
+    made.add_argument("--rounds", type=int, default=5, help="at least, for each cell")
+    options = made.parse_args()
+    if options.small:
+        options.threads, options.tokens, options.dtypes = [1], options.tokens[:1], ["float32"]
+        options.schemes, options.what = options.schemes[1:2], options.what[:1]
+        options.layers, options.seconds, options.rounds = 1, 0.0, 1
+    return options
+
+
 def main() -> None:
     """Time everything, print the tables, write JSON and picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 1024])
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
-    parser.add_argument("--what", nargs="+", default=["stack", "one"], choices=["stack", "one"])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument(
-        "--scale", type=int, default=1, help="how many times as wide as GPT-2 small"
-    )
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
-    parser.add_argument("--eager", action="store_true", help="on a GPU, no CUDA graphs")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each cell")
-    parser.add_argument("--rounds", type=int, default=5, help="at least, for each cell")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/forward.json"))
-    arguments = parser.parse_args()
+    options = command_line()
     keep_memory()  # else the times are those of fresh pages, of whichever model comes first
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    graphs = device == "cuda" and not (arguments.eager or arguments.compile)
-    ways = () if arguments.compile else arguments.ways
-    rows: list[dict[str, Any]] = []
-    for dtype in arguments.dtypes:
-        for scheme in arguments.schemes:
-            every = rivals(scheme, arguments.layers, DTYPES[dtype], ways, arguments.scale)
+    device = device_here()
+    graphs = device.type == "cuda" and not (options.eager or options.compile)
+    record = Record("the factored forward of MLPs, random weights", options)
+    rows = record.content["rows"] = []
+    cells = [
+        (dtype, scheme, threads, what, tokens)
+        for dtype in options.dtypes
+        for scheme in options.schemes
+        for threads in options.threads
+        for what in options.what
+        for tokens in options.tokens
+    ]
+    made: tuple[str, str] | None = None
+    longest = 0.0
+    for dtype, scheme, threads, what, tokens in cells:
+        began = record.spent
+        if not record.has_time(f"{dtype}, {scheme}, {what}, {tokens} tokens", longest):
+            continue
+        if made != (dtype, scheme):
+            ways = () if options.compile else options.ways
+            every = rivals(scheme, options.layers, DTYPES[dtype], ways, options.scale)
             for layers in every.values():
                 for layer in layers:
                     layer.to(device)
-            for threads in arguments.threads:
-                torch.set_num_threads(threads)
-                for what in arguments.what:
-                    make = {"stack": stack, "one": one}[what]
-                    for tokens in arguments.tokens:
-                        x = torch.randn(tokens, MODEL * arguments.scale).to(device, DTYPES[dtype])
-                        runs = {name: make(layers) for name, layers in every.items()}
-                        if arguments.compile:
-                            runs = {name: compiled(run) for name, run in runs.items()}
-                        elif graphs:
-                            runs = {name: replayed(run, x) for name, run in runs.items()}
-                        taken = seconds(runs, x, arguments.seconds, arguments.rounds)
-                        cell = {
-                            "dtype": dtype,
-                            "scheme": scheme,
-                            "threads": threads,
-                            "what": what,
-                        }
-                        rows.append({**cell, "tokens": tokens, "found": ratios(taken)})
-                        shown = {n: f["ratio"] for n, f in rows[-1]["found"].items()}
-                        print(*cell.values(), tokens, shown, flush=True)
-    for dtype in arguments.dtypes:
-        for threads in arguments.threads:
-            for what in arguments.what:
+            made = dtype, scheme
+        torch.set_num_threads(threads)
+        make = {"stack": stack, "one": one}[what]
+        x = torch.randn(tokens, MODEL * options.scale).to(device, DTYPES[dtype])
+        runs = {name: make(layers) for name, layers in every.items()}
+        if options.compile:
+            runs = {name: compiled(run) for name, run in runs.items()}
+        elif graphs:
+            runs = {name: replayed(run, x) for name, run in runs.items()}
+        found = against(timed_on(runs, x, options.seconds, options.rounds), "dense")
+        cell = {"dtype": dtype, "scheme": scheme, "threads": threads, "what": what}
+        record.add({**cell, "tokens": tokens, "found": found})
+        longest = max(longest, record.spent - began)
+        print(*cell.values(), tokens, {n: f["ratio"] for n, f in found.items()}, flush=True)
+    for dtype in options.dtypes:
+        for threads in options.threads:
+            for what in options.what:
                 print(table(rows, what, threads, dtype))
-    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    record: dict[str, Any] = {"settings": settings, "rows": rows}
-    record["environment"] = evaluate.environment()
-    write_json(arguments.out, record)
-    draw(rows, arguments.out.with_suffix(".png"), record["environment"]["gpu"], graphs)
+    gpu = record.content["environment"]["gpu"]
+    draw(rows, options.out.with_suffix(".png"), gpu, graphs)
+
+
+@torch.inference_mode()
+def timed_on(
+    runs: dict[str, Callable[[Tensor], Any]], x: Tensor, seconds: float, least: int
+) -> dict[str, list[float]]:
+    """Seconds by rival and round."""
+
+    def job(run: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        return lambda: run(x)
+
+    return rounds({n: job(run) for n, run in runs.items()}, x.device, seconds, least)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Cell by cell: a cell that has its JSON file is not run again, and an interrupted
 python benchmarks/healing.py [--cells NAME ...] [--tokens 1.2M] [--seeds 0] [--list]
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -18,7 +17,7 @@ import torch
 import transformers
 
 import krony
-import starts
+import methods
 from krony.compression import calibrate
 from krony.compression.budget import make_budget_plan
 from krony.compression.factorise import DATA
@@ -30,6 +29,7 @@ from krony.measure import evaluate
 from krony.measure.memory import keep_memory
 from krony.text import blocks, data
 from krony.text.docstrings import installed, python_docstrings
+from records import RESULTS, parser, surroundings
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
@@ -127,18 +127,18 @@ def started(start: str, folder: Path) -> transformers.PreTrainedModel:
     if not path.exists():
         model = krony.load_model("demo", torch.float32)
         windows, moments = None, None
-        if start in (*PLANNED, *starts.BY_DATA):
+        if start in (*PLANNED, methods.ONE_TERM, *methods.STRUCTURES):
             tokenizer = krony.load_tokenizer("demo")
             windows = calibrate.calibration_windows(
                 "python-docstrings", model, tokenizer, CALIBRATION
             )
-        if start in PLANNED:
+        if windows is not None and start in PLANNED:
             budget = make_budget_plan(model, windows, share=0.25, **PLANNED[start])
-            found, moments = starts.Start(budget.plan, DATA), budget.moments
+            found, moments = methods.Start(budget.plan, DATA), budget.moments
         elif start == "prune, half":
-            found = starts.named(model, "prune", 0.5)
+            found = methods.named(model, "prune", 0.5)
         else:
-            found = starts.named(model, start, 0.25)
+            found = methods.named(model, start, 0.25)
         krony.compress(
             model,
             found.plan,
@@ -205,7 +205,7 @@ def run(cell: Cell, tokens: int, seed: int, work: Path, out: Path) -> None:
             "speed": record.speed,
             "settings": record.settings,
             "seconds": round(time.perf_counter() - started_at),
-            "environment": evaluate.environment(),
+            "environment": surroundings(),
         },
     )
     shutil.rmtree(folder)
@@ -239,28 +239,33 @@ def summary(folder: Path, tokens: int, spelled: str) -> None:
 
 def main() -> None:
     """Run the cells that are missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    made = parser(__doc__ or "", "healing")
+    made.set_defaults(out=RESULTS / "healing")  # a folder, of a file for each cell
     names = [cell.name for cell in CELLS]
-    parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="NAME")
-    parser.add_argument("--tokens", default="1.2M")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/healing"))
-    parser.add_argument("--work", type=Path, default=Path("healing-work"))
-    parser.add_argument("--list", action="store_true", help="only show what there is")
-    arguments = parser.parse_args()
+    made.add_argument("--cells", nargs="+", default=names, choices=names, metavar="NAME")
+    made.add_argument("--tokens", default="1.2M")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--work", type=Path, default=Path("healing-work"))
+    made.add_argument("--list", action="store_true", help="only show what there is")
+    options = made.parse_args()
+    if options.small:
+        options.cells, options.tokens = options.cells[:1], "8k"
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    tokens = parse_count(arguments.tokens, "--tokens")
+    tokens = parse_count(options.tokens, "--tokens")
     assert tokens is not None
-    for seed in arguments.seeds:
-        for cell in [] if arguments.list else CELLS:
-            stem = f"{cell.name} {arguments.tokens} {seed}".replace(",", "").replace(" ", "-")
-            out = arguments.out / f"{stem}.json"
-            if cell.name in arguments.cells and not out.exists():
-                run(cell, tokens, seed, arguments.work, out)
+    began = time.perf_counter()
+    for seed in options.seeds:
+        for cell in [] if options.list else CELLS:
+            if options.limit is not None and time.perf_counter() - began > options.limit:
+                break
+            stem = f"{cell.name} {options.tokens} {seed}".replace(",", "").replace(" ", "-")
+            out = options.out / f"{stem}.json"
+            if cell.name in options.cells and not out.exists():
+                run(cell, tokens, seed, options.work, out)
                 print(f"{cell.name}: {json.loads(out.read_text())['after']}", flush=True)
-    summary(arguments.out, tokens, arguments.tokens)
+    summary(options.out, tokens, options.tokens)
 
 
 if __name__ == "__main__":

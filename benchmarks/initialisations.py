@@ -6,12 +6,9 @@ off in turn; predicted harm against measured loss over many plans.
 python benchmarks/initialisations.py [--parts prediction quarter half ablation_quarter]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ import transformers
 from scipy.stats import spearmanr
 
 import krony
-import starts
+import methods
 from krony.cli.tables import factors_text, narrowed_text
 from krony.compression import calibrate, width
 from krony.compression.budget import (
@@ -36,12 +33,12 @@ from krony.compression.budget import (
 from krony.compression.factorise import DATA
 from krony.compression.limits import Candidate, Currency, choose
 from krony.compression.sequential import DataOptions
-from krony.hf.checkpoints import write_json
 from krony.hf.families import Target, dense_weight, find_targets, mlps
 from krony.hf.plan import MatrixPlan
 from krony.maths.fit import is_low_rank, low_rank_harm
 from krony.measure import evaluate
 from krony.text import data, docstrings
+from records import Record, parser
 
 PARTS = ("prediction", "quarter", "half", "ablation_quarter")
 EVALUATED = 65_536  # tokens, the head of each held-out text
@@ -51,7 +48,7 @@ Kept = Callable[[Candidate], Candidate | None]
 class Bench:
     """The packaged model, its calibration windows and moments, and what was measured so far."""
 
-    def __init__(self, windows: int) -> None:
+    def __init__(self, windows: int, evaluated: int = EVALUATED) -> None:
         self.tokenizer = krony.load_tokenizer("demo")
         held_out = data.SEPARATOR.join(docstrings.python_docstrings("validation"))
         self.texts = {
@@ -60,7 +57,7 @@ class Bench:
             "docstrings": data.Text("docstrings", held_out, "held-out docstrings"),
         }
         self.ids = {
-            name: evaluate.tokenize(self.tokenizer, text)[:EVALUATED]
+            name: evaluate.tokenize(self.tokenizer, text)[:evaluated]
             for name, text in self.texts.items()
         }
         model = self.model()
@@ -116,7 +113,7 @@ class Bench:
             options=options,
         )
         seconds = time.perf_counter() - started
-        model.dequantize()  # type: ignore[operator]  # equal up to rounding, and faster on long text
+        model.dequantize()  # equal up to rounding, and faster on long text
         row: dict[str, Any] = {}
         for name, ids in self.ids.items():
             perplexity = evaluate.perplexity(model, ids).perplexity
@@ -148,24 +145,24 @@ def parameters(share: float, targets: list[Target]) -> dict[Currency, float]:
 Job = tuple[str, krony.Plan, str, DataOptions | None]
 
 
-def methods(bench: Bench, share: float) -> list[Job]:
+def every_method(bench: Bench, share: float) -> list[Job]:
     """Every method at one share of the MLP parameters."""
     model = bench.model()
 
     def job(label: str, name: str, init: str | None = None) -> Job:
-        start = starts.named(model, name, share)
+        start = methods.named(model, name, share)
         return label, start.plan, init or start.init, start.options
 
     return [
         job("paper, van-loan", "van-loan"),
         job("paper, van-loan-scaled", "van-loan-scaled"),
         job("paper, prune", "prune"),
-        job("one term, data", starts.ONE_TERM),
-        job("low rank, whitened SVD", starts.WHITENED),
-        job("low rank, data", starts.LOW_RANK),
-        job("balanced sum, van-loan", starts.SUMS, "van-loan"),
-        job("balanced sum, data", starts.SUMS),
-        job("narrowed, data", starts.NARROW),
+        job("one term, data", methods.ONE_TERM),
+        job("low rank, whitened SVD", methods.WHITENED),
+        job("low rank, data", methods.LOW_RANK),
+        job("balanced sum, van-loan", methods.SUMS, "van-loan"),
+        job("balanced sum, data", methods.SUMS),
+        job("narrowed, data", methods.NARROW),
         ("mixed, uniform shares", bench.uniform(share, narrow=False), DATA, None),
         ("budget, all units", bench.budget(share, narrow=False), DATA, None),
         ("budget, data", bench.budget(share), DATA, None),
@@ -256,7 +253,7 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
                 rank = int(share * target.shape[0] * target.shape[1] / sum(target.shape))
                 harm += float(prices[rank])
                 chosen.append((target, rank))
-        plan = starts.low_rank_plan([t for t, _ in chosen], [rank for _, rank in chosen])
+        plan = methods.low_rank_plan([t for t, _ in chosen], [rank for _, rank in chosen])
         row = bench.measure(plan, DATA, DataOptions(sequential=False))
         points.append(
             {"predicted": harm, "measured": float(np.log(row["topics"]["against_dense"]))}
@@ -267,35 +264,33 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all three parts and write them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/initialisations.json"))
-    parser.add_argument("--windows", type=int, default=256)
-    parser.add_argument("--plans", type=int, default=24)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    arguments = parser.parse_args()
+    """Run all parts and write them."""
+    made = parser(__doc__ or "", "initialisations")
+    made.add_argument("--windows", type=int, default=256)
+    made.add_argument("--plans", type=int, default=24)
+    made.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    options = made.parse_args()
+    if options.small:
+        options.windows, options.plans, options.parts = 4, 2, options.parts[:1]
     transformers.logging.disable_progress_bar()
-    bench = Bench(arguments.windows)
     # A part that is not run again keeps its last figures.
-    record: dict[str, Any] = {}
-    if arguments.out.exists():
-        record = json.loads(arguments.out.read_text(encoding="utf-8"))
-    record |= {
-        "environment": evaluate.environment(),
-        "seed": 0,
+    record = Record("initialisations without training, packaged model", options, keep=True)
+    bench = Bench(options.windows, 1024 if options.small else EVALUATED)
+    record.content |= {
         "calibration": f"python-docstrings, {len(bench.windows)} windows of 256 tokens",
         "dense": {name: found.to_dict() for name, found in bench.dense.items()},
     }
     print({name: round(found.perplexity, 3) for name, found in bench.dense.items()})
     runs: dict[str, Callable[[], Any]] = {
-        "prediction": lambda: prediction(bench, arguments.plans),
-        "quarter": lambda: measured(bench, methods(bench, 0.25)),
-        "half": lambda: measured(bench, methods(bench, 0.5)),
+        "prediction": lambda: prediction(bench, options.plans),
+        "quarter": lambda: measured(bench, every_method(bench, 0.25)),
+        "half": lambda: measured(bench, every_method(bench, 0.5)),
         "ablation_quarter": lambda: measured(bench, ablation(bench, 0.25)),
     }
-    for part in arguments.parts:
-        record[part] = runs[part]()
-        write_json(arguments.out, record)
+    for part in options.parts:
+        if record.has_time(part):
+            record.content[part] = runs[part]()
+            record.write()
 
 
 if __name__ == "__main__":

@@ -7,25 +7,24 @@ come from; on another GPU than an H200 others may be faster.
 python benchmarks/launches.py [--tokens 1 8 128 1024] [--steps NAME ...] [--dtype bfloat16]
 """
 
-import argparse
 import itertools
 import math
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from krony.hf.checkpoints import DTYPES, write_json
-from krony.measure import evaluate
+from krony.hf.checkpoints import DTYPES
 from krony.measure.runtimes import recorded
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.gpu.step import Step
 from krony.nn.gpu.triton_kernels import launch
 from krony.nn.kernels import MAX_TOKENS
+from records import Record, parser
+from timing import rounds
 
 # (m1, n1, m2, n2), whether slices are mixed, matrices, activation, slices that the next one reads.
 STEPS: dict[str, tuple[tuple[int, int, int, int], bool, int, int, int]] = {
@@ -76,16 +75,8 @@ def step(name: str, dtype: torch.dtype) -> Step:
 def microseconds(jobs: list[Callable[[], Any]]) -> float:
     """Of one of them, all recorded in one CUDA graph."""
     graph = recorded(lambda: [job() for job in jobs])
-    graph.replay()
-    taken = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(start.elapsed_time(end) * 1e3 / len(jobs))
-    return statistics.median(taken)
+    taken = rounds({"": graph.replay}, "cuda", least=REPEATS, most=REPEATS)[""]
+    return statistics.median(taken) * 1e6 / len(jobs)
 
 
 def copies(numbers: int, dtype: torch.dtype) -> int:
@@ -133,25 +124,36 @@ def ours(steps: list[Step], x: torch.Tensor, sizes: dict[str, Any]) -> float:
         return math.inf
 
 
+def command_line() -> Any:
+    """Options; small ones are filled in."""
+    made = parser(__doc__ or "", "launches")
+    made.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 1024])
+    made.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    made.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    options = made.parse_args()
+    if options.small:
+        options.tokens, options.steps = options.tokens[:1], options.steps[:1]
+    return options
+
+
 def main() -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 1024])
-    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/launches.json"))
-    arguments = parser.parse_args()
+    options = command_line()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/launches.py needs a CUDA device, and torch sees none here")
-    dtype, rows = DTYPES[arguments.dtype], []
+    dtype, longest = DTYPES[options.dtype], 0.0
+    record = Record("blocks of the Triton kernels", options)
     print("| step | tokens | dense, µs | chosen | best other | its blocks |")
     print("|---|---|---|---|---|---|")
     with torch.inference_mode():
-        for name in arguments.steps:
+        for name in options.steps:
             first = step(name, dtype)
             numbers = sum(weight.numel() for weight in first.weights)
             steps = [first, *(step(name, dtype) for _ in range(1, copies(numbers, dtype)))]
-            for tokens in arguments.tokens:
+            for tokens in options.tokens:
+                began = record.spent
+                if not record.has_time(f"{name}, {tokens} tokens", longest):
+                    continue
                 x = torch.randn(tokens, first.sides[1] * first.sides[3], device="cuda", dtype=dtype)
                 others = MANY if tokens > MAX_TOKENS else FEW
                 timed = [(ours(steps, x, sizes), sizes) for sizes in others]
@@ -164,13 +166,11 @@ def main() -> None:
                     "chosen": ours(steps, x, {}),
                     "others": found,
                 }
-                rows.append(row)
+                record.add(row)
+                longest = max(longest, record.spent - began)
                 blocks = ", ".join(str(size) for size in sizes.values())
                 times = " | ".join(f"{row[which]:.2f}" for which in ("dense", "chosen"))
                 print(f"| {name} | {tokens} | {times} | {least:.2f} | {blocks} |", flush=True)
-    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    record = {"settings": settings, "rows": rows, "environment": evaluate.environment()}
-    write_json(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Whole GPT-2-shaped models with random weights: decode and prefill, factored against dense.
+"""Whole models of known shapes with random weights: decode and prefill, factored against dense.
 
 All models take turns in one process (`krony.bench`); greedy decode of 128 tokens at batch 1 under
 a bare loop over the forward and under transformers' generate, at batch 8, and prefills.
 
 python benchmarks/model.py [--layers 12] [--prefill 128 1024] [--new 128] [--threads 1 2]
                            [--dtypes float32 bfloat16]
+python benchmarks/model.py --shape 1.5b --dtypes bfloat16 --compile --batches 1 8 64    # on a GPU
 """
 
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +19,20 @@ import transformers
 import krony
 from krony.compression.budget import LOW_RANK_PARTS, low_rank, mixed
 from krony.hf import modeling
-from krony.hf.checkpoints import DTYPES, write_json
+from krony.hf.checkpoints import DTYPES
 from krony.hf.families import find_targets
 from krony.hf.plan import Plan, matrix_plan
-from krony.maths.schemes import Factors
-from krony.measure import bench, evaluate, info
+from krony.measure import bench, info
 from krony.measure.bench import times
 from krony.measure.memory import keep_memory
 from krony.measure.runtimes import Runner
 from krony.nn import activations, mlp
+from methods import low_rank_plan
+from records import Record, parser
+from shapes import DENSE, KINDS, SHAPES, STOCK
+from shapes import build as build_shape
 
 MIXED = partial(mixed, part=LOW_RANK_PARTS[-1])
-# As transformers runs it, with the activation in eight operations; the others have it in one.
-STOCK = "dense, transformers' activation"
 # What `krony plan demo --budget 0.25` finds in the packaged model's four blocks, with the
 # objectives size and decode: sixteenths of the hidden units, and the share of the parameters of
 # what is left of the matrices. GPT-2's twelve blocks take them in turn.
@@ -53,7 +54,9 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "a quarter by a budget": {"found": "size"},
     "a quarter by a budget for decode": {"found": "decode"},
 }
-REFERENCE = "dense"
+REFERENCE = DENSE
+# Of the other shapes: whoever has a minute for a model of 7B has none for all of them.
+FEW = [DENSE, "factored, 2x2", "plain, a quarter of the units", "narrowed to a half, low rank"]
 
 
 def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
@@ -66,8 +69,8 @@ def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
     if "found" in made:
         _found(model, FOUND[made["found"]])
     elif "rank" in made:
-        shapes = [(t, (t.shape[0], 1), (1, t.shape[1])) for t in find_targets(model, "mlp")]
-        plan = Plan(tuple(matrix_plan(t, (Factors(*s, made["rank"]),)) for t, *s in shapes))
+        targets = find_targets(model, "mlp")
+        plan = low_rank_plan(targets, [made["rank"]] * len(targets))
         krony.compress(model, plan, init="random")
     elif made:
         krony.compress(model, krony.make_plan(model, **made), init="random")
@@ -93,15 +96,21 @@ def _found(model: transformers.PreTrainedModel, blocks: Sequence[Any]) -> None:
     model.eval()
 
 
-def workloads(arguments: argparse.Namespace, device: torch.device) -> list[bench.Workload]:
-    """Decode under both runtimes, also of eight rows at once, and prefills, of random tokens."""
+def workloads(
+    arguments: argparse.Namespace, vocabulary: int, device: torch.device
+) -> list[bench.Workload]:
+    """Decode of one row under both runtimes, of more by the bare loop, prefills; random tokens."""
     generator = torch.Generator().manual_seed(arguments.seed)
-    longest = max(arguments.prefill)
-    ids = torch.randint(50_257, (1, longest), generator=generator).to(device)
+    longest = max(*arguments.prefill, bench.PROMPT)
+    ids = torch.randint(vocabulary, (1, longest), generator=generator).to(device)
     prompt = ids[:, : bench.PROMPT]
-    decodes = [bench.decode(prompt, arguments.new, r) for r in ("bare loop", "generate")]
-    if not arguments.batch_1:
-        decodes += [bench.decode(prompt.repeat(bench.BATCHES[-1], 1), arguments.new, "bare loop")]
+    decodes = []
+    for batch in arguments.batches:
+        runtimes = (
+            ("bare loop", "generate") if batch == 1 and not arguments.bare else ("bare loop",)
+        )
+        rows = prompt.repeat(batch, 1)
+        decodes += [bench.decode(rows, arguments.new, runtime) for runtime in runtimes]
     return [*decodes, *(bench.prefill(ids[:, :length]) for length in arguments.prefill)]
 
 
@@ -114,51 +123,77 @@ def cell(figures: dict[str, Any]) -> str:
     return f"{times(figures['speed'])} ({low:.2f} to {high:.2f}), {share}"
 
 
+def command_line() -> argparse.Namespace:
+    """Options; small ones are filled in."""
+    made = parser(__doc__ or "", "model")
+    made.add_argument("--shape", default="gpt2", choices=list(SHAPES))
+    made.add_argument("--layers", type=int, help="instead of the shape's")
+    made.add_argument("--prefill", type=int, nargs="+", default=[128, 1024])
+    made.add_argument("--new", type=int, default=128)
+    made.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    made.add_argument("--compile", action="store_true", help="the bare loop's steps")
+    made.add_argument("--batches", type=int, nargs="+", default=[1, bench.BATCHES[-1]])
+    made.add_argument("--bare", action="store_true", help="leave out transformers' generate")
+    names = [*MODELS, *(kind for kind in KINDS if kind not in MODELS)]
+    made.add_argument("--models", nargs="+", choices=names, metavar="NAME")
+    options = made.parse_args()
+    own = options.shape == "gpt2" and not options.small
+    options.models = options.models or (list(MODELS) if own else FEW)
+    for name in options.models:
+        if name not in (MODELS if own else KINDS):
+            made.error(f"{name!r} is made for GPT-2's shapes alone, or not for those")
+    if options.small:
+        options.prefill, options.new, options.threads = [8], 2, [1]
+        options.dtypes, options.batches = options.dtypes[:1], options.batches[:1]
+        options.compile = options.compile and torch.cuda.is_available()  # a minute on a CPU
+        bench.LEAST = bench.MOST = 1
+    return options
+
+
+def models_of(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """All of them on the device, in the first dtype."""
+    names = list(dict.fromkeys([REFERENCE, *options.models]))
+    dtype = DTYPES[options.dtypes[0]]
+    if options.shape == "gpt2" and not options.small:
+        context = max(*options.prefill, bench.PROMPT + options.new)
+        return {n: build(n, options.layers or 12, context).to(device, dtype) for n in names}  # type: ignore[arg-type]
+    given: dict[str, Any] = {"small": options.small, "layers": options.layers, "dtype": dtype}
+    return {n: build_shape(options.shape, n, device=device, **given) for n in names}
+
+
 def main() -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--compile", action="store_true", help="the bare loop's steps")
-    parser.add_argument("--batch-1", action="store_true", help="leave out the decode of 8 rows")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
-    arguments = parser.parse_args()
+    options = command_line()
     keep_memory()  # as krony bench does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = dict.fromkeys([REFERENCE, *arguments.models])
-    context = max(*arguments.prefill, bench.PROMPT + arguments.new)
-    models = {name: build(name, arguments.layers, context).to(device) for name in names}
-    loads = workloads(arguments, device)
-    settings = {k: v for k, v in vars(arguments).items() if k != "out"} | {"device": str(device)}
-    record: dict[str, Any] = {
-        "settings": settings,
-        "parameters": {name: info.parameters(model) for name, model in models.items()},
-        "environment": evaluate.environment(),
-        "runs": [],
-    }
-    print("| dtype, threads | model |", " | ".join(load.name for load in loads), "|")
-    print("|---|---|" + "---|" * len(loads))
-    for dtype in arguments.dtypes:
+    record = Record("decode and prefill of whole models, random weights", options)
+    models = models_of(options, device)
+    record.content["parameters"] = {name: info.parameters(model) for name, model in models.items()}
+    record.content["settings"]["device"] = str(device)
+    loads = workloads(options, models[REFERENCE].config.vocab_size, device)
+    runs = record.content["runs"] = []
+    longest = 0.0
+    for dtype in options.dtypes:
         runners = {
-            name: Runner(model.to(DTYPES[dtype]), arguments.compile)
-            for name, model in models.items()
+            name: Runner(model.to(DTYPES[dtype]), options.compile) for name, model in models.items()
         }
-        for threads in arguments.threads:
+        for threads in options.threads:
             torch.set_num_threads(threads)
-            rows, rates = bench.measure(runners, loads, REFERENCE)
-            record["runs"].append(
-                {"dtype": dtype, "threads": threads, "machine": rates, "rows": rows}
-            )
-            for name in names:
-                cells = " | ".join(cell(row["models"][name]) for row in rows)
-                print(f"| {dtype}, {threads} | {name} | {cells} |", flush=True)
-            write_json(arguments.out, record)  # after each part: the whole takes long
-    print(f"\nSpeed against dense (spread over rounds), share of the roofline. {settings}")
+            run: dict[str, Any] = {"dtype": dtype, "threads": threads, "rows": []}
+            runs.append(run)
+            print(f"\n{dtype}, {threads} threads: speed against dense (spread), share of roofline")
+            for load in loads:
+                began = record.spent
+                if not record.has_time(f"{dtype}, {threads} threads, {load.name}", longest):
+                    continue
+                (row,), run["machine"] = bench.measure(runners, [load], REFERENCE)
+                run["rows"].append(row)
+                record.write()
+                longest = max(longest, record.spent - began)
+                print(f"| {load.name} | model |\n|---|---|")
+                for name in models:
+                    print(f"| {cell(row['models'][name])} | {name} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
                 plan = krony.make_plan(model, small=SMALL[part], layout=layout)
                 krony.compress(model, plan, init=init)
                 size = parameters(model)
-                model.dequantize()  # type: ignore[operator]  # equal up to rounding, and faster
+                model.dequantize()  # equal up to rounding, and faster
                 found = evaluate.perplexity(model, ids).perplexity
                 rows.append(
                     {

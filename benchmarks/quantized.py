@@ -6,7 +6,6 @@ head of the language reference. Nothing is trained.
 python benchmarks/quantized.py demo MODEL ... [--tokens 16384]
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -19,19 +18,20 @@ from krony.hf import checkpoints
 from krony.measure import evaluate
 from krony.nn.packing import FORMS
 from krony.text import data
+from records import Record, parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="+", help="the dense one first, then factored ones")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results/quantized.json"
-    )
-    options = parser.parse_args()
+    """Quantise, measure, print the table, write the JSON."""
+    made = parser(__doc__ or "", "quantized")
+    made.add_argument("models", nargs="+", help="the dense one first, then factored ones")
+    made.add_argument("--tokens", type=int, default=16384)
+    options = made.parse_args()
+    if options.small:
+        options.tokens = 512
+    record = Record("perplexity of quantised weights", options)
     transformers.logging.disable_progress_bar()
     text = data.load_text("python-docs")
-    rows = []
     print("| model | weights | on disk | perplexity | against itself in float16 |")
     print("|---|---|---|---|---|")
     for source in options.models:
@@ -49,13 +49,12 @@ def main() -> None:
             found = evaluate.perplexity(again, ids, text)
             first = first or found.perplexity
             name = Path(source).name
-            rows.append({"model": name, "form": form, "bytes": size, **found.to_dict()})
+            record.add({"model": name, "form": form, "bytes": size, **found.to_dict()})
             print(
                 f"| {name} | {form} | {megabytes(size)} | {found.perplexity:.2f} "
                 f"| {found.perplexity / first:.4f}x |",
                 flush=True,
             )
-    checkpoints.write_json(options.out, {"environment": evaluate.environment(), "rows": rows})
 
 
 if __name__ == "__main__":

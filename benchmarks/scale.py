@@ -1,35 +1,35 @@
-"""Seconds and memory of the data initialisation at GPT-2 small's size (random weights and tokens).
+"""Seconds and memory of the data initialisation at a model's size (random weights and tokens).
 
 What is repeated is measured on a part of it and extrapolated linearly: moments over a few windows,
-the algebra and the following of inputs in one block of twelve. Every row says which.
+the algebra and the following of inputs in one block. Every row says which.
 
-python benchmarks/scale.py [--measured 4] [--parts moments planning algebra following]
+python benchmarks/scale.py [--shape gpt2] [--measured 4] [--parts moments planning …]
 """
 
 import argparse
 import copy
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import krony
 from krony.compression import calibrate, limits, width
 from krony.compression.budget import Matrix, balanced_shapes, mixed, price, sized, with_units
 from krony.compression.factorise import DATA
-from krony.hf.checkpoints import write_json
 from krony.hf.families import Target, dense_weight, find_targets
 from krony.hf.plan import Plan, matrix_plan
 from krony.maths import fit
-from krony.measure.evaluate import environment
 from krony.measure.memory import peak_bytes
+from krony.measure.roofline import timed
+from records import Record, parser
+from shapes import SHAPES, build
+from timing import device_here
 
 PARTS = ("moments", "planning", "algebra", "following")
-WINDOWS, BLOCKS = 128, 12
+WINDOWS = 128
 
 
 def structures(target: Target) -> dict[str, tuple[krony.Factors, ...]]:
@@ -44,125 +44,179 @@ def structures(target: Target) -> dict[str, tuple[krony.Factors, ...]]:
     }
 
 
-def spent(run: Callable[[torch.Tensor], object], windows: torch.Tensor) -> tuple[float, float]:
-    """Seconds that a run takes once, and those for every window, from as many and twice as many.
+class Bench:
+    """A model of some size, windows of random tokens, and the first block's MLP."""
 
-    One run before, since the first one is slower. The windows must fill whole batches.
-    """
-    seconds = []
-    for repeats in (1, 1, 2):
-        some, started = windows.repeat(repeats, 1), time.perf_counter()
-        run(some)
-        seconds.append(time.perf_counter() - started)
-    more = seconds[2] - seconds[1]
-    return max(seconds[1] - more, 0.0), more / len(windows)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = device_here()
+        shape = {"small": options.small, "device": self.device, "seed": options.seed}
+        self.model: PreTrainedModel = build(options.shape, **shape)
+        window = 16 if options.small else min(1024, self.model.config.max_position_embeddings)
+        size = (options.measured, window)
+        self.windows = torch.randint(self.model.config.vocab_size, size)
+        self.targets = find_targets(self.model, "mlp")
+        self.first = [t for t in self.targets if t.layer == self.targets[0].layer]
+        self.blocks = len(self.targets) // len(self.first)
+        self._moments: dict[str, calibrate.Moments] = {}
+
+    @property
+    def moments(self) -> dict[str, calibrate.Moments]:
+        """Of the first block."""
+        if not self._moments:
+            names = [t.name for t in self.first]
+            self._moments = calibrate.calibrate(self.model, self.windows, names)
+        return self._moments
+
+    def weight(self, target: Target) -> Tensor:
+        """Of a dense matrix."""
+        return dense_weight(self.model.get_submodule(target.name)).detach()
+
+    def clocked(self, job: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return timed(job, self.device)
+
+    def spent(self, run: Callable[[Tensor], object]) -> tuple[float, float]:
+        """Seconds that a run takes once, and for every window, from as many and twice as many.
+
+        One run before, since the first one is slower. The windows must fill whole batches.
+        """
+        seconds = []
+        for repeats in (1, 1, 2):
+            some = self.windows.repeat(repeats, 1)
+            seconds.append(self.clocked(lambda some=some: run(some)))  # type: ignore[misc]
+        more = seconds[2] - seconds[1]
+        return max(seconds[1] - more, 0.0), more / len(self.windows)
 
 
-def narrowed(
-    model: transformers.PreTrainedModel, block: list[Target], moments: dict[str, calibrate.Moments]
-) -> dict[str, Any]:
-    """A quarter as a budget takes it: half of the units, and half of what is left in factors."""
-    whole = [Matrix(t, dense_weight(model.get_submodule(t.name)), moments[t.name]) for t in block]
-    down, started = whole[-1], time.perf_counter()
-    order = width.elimination(down.weight, down.metric)
-    units = width.narrow(down.weight, down.metric, order, down.target.hidden // 2)
-    for matrix in (with_units(matrix, units) for matrix in whole):
-        fit.groups(matrix.weight, matrix.metric, mixed(matrix.target.shape, 0.5, 0.45))
-    seconds = time.perf_counter() - started
+def of_moments(bench: Bench) -> dict[str, Any]:
+    """Moments of all MLPs, a window and once."""
+    names = [t.name for t in bench.targets]
+    once, a_window = bench.spent(lambda w: calibrate.calibrate(bench.model, w, names))
     return {
-        "factors": "half of the units, low rank and balanced sum",
+        "measured_windows": 2 * len(bench.windows),
+        "measured_seconds_a_window": a_window,
+        "measured_seconds_once": once,
+        "seconds": once + a_window * WINDOWS,
+        "peak_bytes": peak_bytes(bench.model),
+    }
+
+
+def planning(bench: Bench) -> dict[str, Any]:
+    """Pricing one block: the choice between blocks takes no time that shows."""
+    dense = sum(t.shape[0] * t.shape[1] for t in bench.first)
+    most: dict[limits.Currency, float] = {"parameters": 0.25 * dense}
+    rows: dict[str, Any] = {}
+    for name, narrow in (("with all units", False), ("narrowed", True)):
+
+        def job(narrow: bool = narrow) -> None:
+            price(bench.model, bench.first, bench.moments, most, narrow=narrow)
+
+        seconds = bench.clocked(job)
+        rows[name] = {"measured_seconds_a_block": seconds, "seconds": seconds * bench.blocks}
+    rows["peak_bytes"] = peak_bytes(bench.model)
+    return rows
+
+
+def algebra(bench: Bench, name: str) -> dict[str, Any]:
+    """Fitting one kind of factors to the first block."""
+    seconds, harms = 0.0, []
+    for target in bench.first:
+        entry, weight = bench.moments[target.name], bench.weight(target).double()
+        metric = fit.Metric.of(entry.inputs.covariance, entry.gradient, target.shape[0])
+        history: list[float] = []
+
+        def job(
+            weight: Tensor = weight,
+            metric: fit.Metric = metric,
+            groups: tuple[krony.Factors, ...] = structures(target)[name],
+            history: list[float] = history,
+        ) -> None:
+            history += fit.groups(weight, metric, groups)[1]
+
+        seconds += bench.clocked(job)
+        harms.append(float(history[-1] / metric.harm(weight)))
+    return _algebra_row(name, seconds, bench) | {"harm_left": harms}
+
+
+def narrowed(bench: Bench) -> dict[str, Any]:
+    """A quarter as a budget takes it: half of the units, and half of what is left in factors."""
+    whole = [Matrix(t, bench.weight(t), bench.moments[t.name]) for t in bench.first]
+    down = whole[-1]
+
+    def job() -> None:
+        order = width.elimination(down.weight, down.metric)
+        units = width.narrow(down.weight, down.metric, order, down.target.hidden // 2)
+        for matrix in (with_units(matrix, units) for matrix in whole):
+            fit.groups(matrix.weight, matrix.metric, mixed(matrix.target.shape, 0.5, 0.45))
+
+    return _algebra_row("half of the units, low rank and balanced sum", bench.clocked(job), bench)
+
+
+def _algebra_row(name: str, seconds: float, bench: Bench) -> dict[str, Any]:
+    return {
+        "factors": name,
         "measured_seconds_a_block": seconds,
-        "seconds": seconds * BLOCKS,
+        "seconds": seconds * bench.blocks,
+        "peak_bytes": peak_bytes(bench.model),
+    }
+
+
+def following(bench: Bench) -> dict[str, Any]:
+    """The inputs of a block after those before it were factored.
+
+    With the cheapest factors, so that nearly all of the time is the passes through the block.
+    """
+    shapes = [(t, structures(t)["low rank"]) for t in bench.first]
+    plan = Plan(tuple(matrix_plan(t, groups) for t, groups in shapes))
+
+    def follow(some: Tensor) -> None:
+        again = copy.deepcopy(bench.model)
+        krony.compress(again, plan, init=DATA, calibration=some, moments=bench.moments)
+
+    _, a_window = bench.spent(follow)
+    return {
+        "measured_windows": 2 * len(bench.windows),
+        "measured_seconds_a_window_and_block": a_window,
+        "seconds": a_window * WINDOWS * bench.blocks,
+        "peak_bytes": peak_bytes(bench.model),
     }
 
 
 def main() -> None:
     """Measure the parts, print them and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale.json"))
-    parser.add_argument("--measured", type=int, default=4, help="windows that are really run")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    arguments = parser.parse_args()
-    transformers.set_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    windows = torch.randint(50257, (arguments.measured, 1024))
-    targets = find_targets(model, "mlp")
-    first = targets[:2]
-    record: dict[str, Any] = {}
-    if arguments.out.exists():  # a part that is not run again keeps its last figures
-        record = json.loads(arguments.out.read_text(encoding="utf-8"))
-    record |= {
-        "what": "GPT-2 small, random weights and tokens, all 24 MLP matrices, 128 windows of 1,024",
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
-    }
-    if "moments" in arguments.parts:
-        names = [t.name for t in targets]
-        once, a_window = spent(lambda w: calibrate.calibrate(model, w, names), windows)
-        record["moments"] = {
-            "measured_windows": 2 * arguments.measured,
-            "measured_seconds_a_window": a_window,
-            "measured_seconds_once": once,
-            "seconds": once + a_window * WINDOWS,
-            "peak_bytes": peak_bytes(model),
-        }
-        print(record["moments"], flush=True)
-    moments = calibrate.calibrate(model, windows, [t.name for t in first])
-    if "planning" in arguments.parts:
-        # Of one block: the choice between blocks takes no time that shows.
-        most: dict[limits.Currency, float] = {
-            "parameters": 0.25 * sum(t.shape[0] * t.shape[1] for t in first)
-        }
-        rows = record["planning"] = {}
-        for name, narrow in (("with all units", False), ("narrowed", True)):
-            started = time.perf_counter()
-            prices = price(model, first, moments, most, narrow=narrow)
-            seconds = time.perf_counter() - started
-            rows[name] = {"measured_seconds_a_block": seconds, "seconds": seconds * BLOCKS}
-            print(name, rows[name], [t.shape for t in prices.targets], flush=True)
-        rows["peak_bytes"] = peak_bytes(model)
-    if "algebra" in arguments.parts:
-        rows = record["algebra"] = []
-        for name in structures(first[0]):
-            seconds, harms = 0.0, []
-            for target in first:
-                entry = moments[target.name]
-                weight = dense_weight(model.get_submodule(target.name)).detach().double()
-                metric = fit.Metric.of(entry.inputs.covariance, entry.gradient, target.shape[0])
-                started = time.perf_counter()
-                history = fit.groups(weight, metric, structures(target)[name])[1]
-                seconds += time.perf_counter() - started
-                harms.append(history[-1] / metric.harm(weight))
-            rows.append(
-                {
-                    "factors": name,
-                    "measured_seconds_a_block": seconds,
-                    "seconds": seconds * BLOCKS,
-                    "harm_left": harms,
-                }
-            )
-            print(rows[-1], flush=True)
-            write_json(arguments.out, record)
-        rows.append(narrowed(model, first, moments))
-        print(rows[-1], flush=True)
-    if "following" in arguments.parts:
-        # The cheapest factors, so that nearly all of the time is the passes through the block.
-        shapes = [(t, structures(t)["low rank"]) for t in first]
-        plan = Plan(tuple(matrix_plan(t, groups) for t, groups in shapes))
-
-        def follow(some: torch.Tensor) -> None:
-            again = copy.deepcopy(model)
-            krony.compress(again, plan, init=DATA, calibration=some, moments=moments)
-
-        _, a_window = spent(follow, windows)
-        record["following"] = {
-            "measured_windows": 2 * arguments.measured,
-            "measured_seconds_a_window_and_block": a_window,
-            "seconds": a_window * WINDOWS * BLOCKS,
-            "peak_bytes": peak_bytes(model),
-        }
-        print(record["following"], flush=True)
-    write_json(arguments.out, record)
+    made = parser(__doc__ or "", "scale")
+    made.add_argument("--shape", default="gpt2", choices=list(SHAPES))
+    made.add_argument("--measured", type=int, default=4, help="windows that are really run")
+    made.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    options = made.parse_args()
+    what = f"{options.shape}, random weights and tokens, all MLP matrices, {WINDOWS} windows"
+    record = Record(what, options, keep=True)  # a part that is not run again keeps its figures
+    record.content["threads"] = torch.get_num_threads()
+    bench = Bench(options)
+    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("moments", lambda: of_moments(bench)),
+        ("planning", lambda: planning(bench)),
+        *(("algebra", lambda n=n: algebra(bench, n)) for n in structures(bench.first[0])),
+        ("algebra", lambda: narrowed(bench)),
+        ("following", lambda: following(bench)),
+    ]
+    if "algebra" in options.parts:
+        record.content["algebra"] = []
+    longest = 0.0
+    for part, job in jobs:
+        began = record.spent
+        if part not in options.parts or not record.has_time(part, longest):
+            continue
+        if part == "algebra":
+            record.add(job(), part)
+            print(part, record.content[part][-1], flush=True)
+        else:
+            record.content[part] = job()
+            record.write()
+            print(part, record.content[part], flush=True)
+        longest = max(longest, record.spent - began)
 
 
 if __name__ == "__main__":

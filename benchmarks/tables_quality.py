@@ -406,8 +406,8 @@ def healing() -> str:
         ]
         for tokens in (1_200_000, 5_000_000):
             for text in ("topics", "docstrings"):
-                cell = found.get(tokens)
-                row.append(times(cell["against_dense"][text]) if cell else "-")
+                there = found.get(tokens)
+                row.append(times(there["against_dense"][text]) if there else "-")
         rows.append((first["against_dense"]["topics"], row))
     rows.sort(key=lambda pair: -pair[0])
     return markdown(

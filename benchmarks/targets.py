@@ -8,28 +8,25 @@ the language reference and on held-out docstrings.
 python benchmarks/targets.py MODEL --out FILE [--parts quarter half embedding whole]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import krony
-import starts
+import methods
 from krony.cli import tables
 from krony.compression import calibrate
 from krony.compression.budget import balanced_shapes, make_budget_plan, sized
 from krony.compression.factorise import DATA, collect
-from krony.hf.checkpoints import write_json
 from krony.hf.families import Target, find_targets
 from krony.hf.plan import Plan, matrix_plan
 from krony.measure import evaluate
 from krony.measure.info import parameters
 from krony.text import data, docstrings
+from records import Record, parser
 
 SHARES = {"quarter": 0.25, "half": 0.5}
 WHOLE = 0.6  # of the model's parameters
@@ -75,7 +72,7 @@ class Bench:
             "parameters": parameters(model),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        model.dequantize()  # type: ignore[operator]  # equal up to rounding, and faster
+        model.dequantize()  # equal up to rounding, and faster
         for text, ids in self.ids.items():
             found = evaluate.perplexity(model, ids).perplexity
             ratio = found / self.dense[text].perplexity
@@ -85,7 +82,7 @@ class Bench:
         return row
 
 
-def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
+def every_method(bench: Bench, share: float) -> list[dict[str, Any]]:
     """Every method on the MLPs at one share."""
     model = bench.model()
     targets = find_targets(model, "mlp")
@@ -93,11 +90,11 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
     def uniform(shapes: Callable[[Target], krony.Factors]) -> Plan:
         return Plan(tuple(matrix_plan(t, (shapes(t),)) for t in targets))
 
-    paper = krony.make_plan(model, small=starts.SMALL[share])
-    svd = starts.named(model, starts.WHITENED, share)
+    paper = krony.make_plan(model, small=methods.SMALL[share])
+    svd = methods.named(model, methods.WHITENED, share)
     low_rank = uniform(lambda t: sized((t.shape[0], 1), (1, t.shape[1]), share))
     sums = uniform(lambda t: sized(*balanced_shapes(t.shape), share))
-    narrow = starts.named(model, starts.NARROW, share)
+    narrow = methods.named(model, methods.NARROW, share)
     known: dict[str, Any] = {"share": share, "moments": bench.moments}
     units = make_budget_plan(model, bench.windows, narrow=False, **known)
     found = make_budget_plan(model, bench.windows, **known)
@@ -105,7 +102,7 @@ def methods(bench: Bench, share: float) -> list[dict[str, Any]]:
         bench.measure("paper, van-loan", paper, "van-loan"),
         bench.measure("paper, van-loan-scaled", paper, "van-loan-scaled"),
         bench.measure("paper, prune", paper, "prune"),
-        bench.measure(starts.WHITENED, svd.plan, svd.init, svd.options),
+        bench.measure(methods.WHITENED, svd.plan, svd.init, svd.options),
         bench.measure("low rank, data", low_rank, DATA),
         bench.measure("balanced sum, data", sums, DATA),
         bench.measure("narrowed, data", narrow.plan, narrow.init),
@@ -154,32 +151,32 @@ def whole(bench: Bench) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the parts and write them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a directory, a Hub name, or demo")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=32_768, help="read of each text")
-    parser.add_argument("--parts", nargs="+", default=[*SHARES, "embedding", "whole"])
-    arguments = parser.parse_args()
+    made = parser(__doc__ or "", "targets")
+    made.add_argument("model", help="a directory, a Hub name, or demo")
+    made.add_argument("--windows", type=int, default=128)
+    made.add_argument("--tokens", type=int, default=32_768, help="read of each text")
+    made.add_argument("--parts", nargs="+", default=[*SHARES, "embedding", "whole"])
+    options = made.parse_args()
+    if options.small:
+        options.windows, options.tokens, options.parts = 4, 1024, ["embedding"]
     transformers.logging.disable_progress_bar()
-    bench = Bench(arguments.model, arguments.windows, arguments.tokens)
-    record: dict[str, Any] = {}
-    if arguments.out.exists():  # a part that is not run again keeps its last figures
-        record = json.loads(arguments.out.read_text(encoding="utf-8"))
-    record |= {
-        "environment": evaluate.environment(),
-        "seed": 0,
+    # A part that is not run again keeps its last figures.
+    record = Record("what is compressed, and how, without training", options, keep=True)
+    bench = Bench(options.model, options.windows, options.tokens)
+    record.content |= {
         "calibration": f"python-docstrings, {len(bench.windows)} windows of 256 tokens",
         "dense_parameters": parameters(bench.model()),
         "dense": {name: found.to_dict() for name, found in bench.dense.items()},
     }
     print({name: round(found.perplexity, 3) for name, found in bench.dense.items()}, flush=True)
-    for part in arguments.parts:
+    for part in options.parts:
+        if not record.has_time(part):
+            continue
         if part in SHARES:
-            record[part] = methods(bench, SHARES[part])
+            record.content[part] = every_method(bench, SHARES[part])
         else:
-            record[part] = {"embedding": embedding, "whole": whole}[part](bench)
-        write_json(arguments.out, record)
+            record.content[part] = {"embedding": embedding, "whole": whole}[part](bench)
+        record.write()
 
 
 if __name__ == "__main__":

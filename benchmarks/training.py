@@ -1,167 +1,292 @@
-"""A training step of the factored model against the dense one and a torch.kron in every forward.
+"""A step of training: compressed models against the dense one and a torch.kron in every forward.
 
-GPT-2 small's shapes, random weights and tokens. Steps of the models take turns in one process, so
-that a machine whose speed drifts drifts for all; peak memory is that of a process for each.
+Random weights of a known shape, random tokens, the loss and the optimisers of `krony heal`. Steps
+of the models take turns in one process, so that a machine whose speed drifts drifts for all. Peak
+memory is what a model and two steps add on a GPU; on a CPU that of a process for each model.
 
-python benchmarks/training.py [--scheme 81M] [--window 1024] [--batch 1] [--repeats 5] [--threads 2]
+python benchmarks/training.py [--shape gpt2] [--batch 1] [--loss ce] [--optimizers adamw muon]
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import krony
 from forward import kron_weight
+from krony.healing import losses
 from krony.healing.objective import Objective, returning_loss
+from krony.healing.optimizers import make_optimizer
+from krony.healing.recipe import RECIPES
 from krony.healing.speed import fastest_dtype, flops_per_token
-from krony.hf.checkpoints import write_json
-from krony.measure import evaluate
 from krony.measure.memory import keep_memory, peak_bytes
-from krony.nn import activations
-from krony.nn.layers import KroneckerLinear
-from model import STOCK
+from krony.measure.roofline import Gauge
+from records import Record, parser, show_table
+from shapes import DENSE, KINDS, SHAPES, STOCK, build, linear_children
+from timing import device_here, rounds
 
-# Whether A is first, as in the paper.
+# Whether A is first, as in the paper; of the factors of FACTORED.
 KRON_KINDS = {"torch.kron": True, "torch.kron, B first": False}
-KINDS = ("dense", STOCK, "factored", *KRON_KINDS)
+FACTORED = "factored, 2x2"
+# What tells most comes first: a limit of time may leave out the rest.
+DEFAULT = [
+    DENSE,
+    FACTORED,
+    "plain, a quarter of the units",
+    "narrowed to a half, low rank",
+    *KRON_KINDS,
+    "factored, 4x1",
+    STOCK,
+]
+OPTIMIZERS = ("adamw", "muon")
+TRAINED_TOKENS = 10_000_000  # of the run whose recipe it is; batches and rates don't matter here
 
 
 class FormedByKron(nn.Module):
     """The same factors by torch.kron in every forward: A ⊗ B as in the paper's code, or B ⊗ A."""
 
-    def __init__(self, layer: KroneckerLinear, large_first: bool) -> None:
+    def __init__(self, layer: krony.KroneckerLinear, large_first: bool) -> None:
         super().__init__()
         self.layer, self.large_first = layer, large_first
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = kron_weight(self.layer.groups[0], self.large_first)  # the paper's schemes have one
+        group = self.layer.groups[0]  # one group, of one term
+        weight = kron_weight(group, self.large_first)  # type: ignore[arg-type]
         return nn.functional.linear(x, weight, self.layer.bias)
 
 
-def build(kind: str, scheme: str, layers: int) -> transformers.PreTrainedModel:
-    """GPT-2 small, or it with factored MLPs."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=layers)
-    model = transformers.GPT2LMHeadModel(config)
-    if kind == "dense":
-        activations.fuse(model)
-    elif kind != STOCK:
-        krony.compress(model, krony.make_plan(model, scheme=scheme), init="random")
+def model_of(kind: str, options: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    """A model to train, in float32."""
+    named = FACTORED if kind in KRON_KINDS else kind
+    made = build(
+        options.shape,
+        named,
+        small=options.small,
+        layers=options.layers,
+        device=device,
+        seed=options.seed,
+    )
     if kind in KRON_KINDS:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, KroneckerLinear):
-                model.set_submodule(name, FormedByKron(layer, KRON_KINDS[kind]))
-    return model.train()
+        for name, layer in linear_children(made):
+            made.set_submodule(name, FormedByKron(layer, KRON_KINDS[kind]))
+    return made.train()
 
 
 class Step:
-    """One optimiser step on fixed random tokens."""
+    """One step of an optimiser on fixed random tokens, `options.batch` windows of them."""
 
-    def __init__(self, kind: str, arguments: argparse.Namespace, dtype: str, device: str) -> None:
-        self.model = build(kind, arguments.scheme, arguments.layers).to(device)
-        self.objective = Objective(self.model, ("ce",))
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        size = (arguments.batch, arguments.window)
-        self.ids = torch.randint(0, 50_257, size, device=device)
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    def __init__(
+        self,
+        kind: str,
+        optimizer: str,
+        options: argparse.Namespace,
+        device: torch.device,
+        teacher: PreTrainedModel | None,
+    ) -> None:
+        self.model = model_of(kind, options, device)
+        self.objective = Objective(self.model, losses.parse(options.loss), teacher)
+        recipe = RECIPES["default"](self.model.config.hidden_size, TRAINED_TOKENS)
+        recipe = replace(recipe, muon=optimizer == "muon")
+        self.optimiser = make_optimizer(self.model, recipe, 1e-5)
+        size, vocabulary = (options.batch, options.window), self.model.config.vocab_size
+        self.ids = torch.randint(vocabulary, size, device=device)
+        half = options.dtype == "bfloat16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        self.within = ExitStack()
+        self.within.enter_context(returning_loss(self.model, self.objective))
+        self.run = torch.compile(self.model) if options.compile else self.model
 
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        with returning_loss(self.model, self.objective), self.autocast:
-            loss = self.model(self.ids)["loss"]
+    def __call__(self) -> None:
+        with self.autocast:
+            loss = self.run(input_ids=self.ids)["loss"]
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
-        if self.ids.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+
+    def flops(self, window: int) -> float:
+        """A token, the teacher's included."""
+        self.within.close()
+        found = flops_per_token(self.model, self.objective, window)
+        self.within.enter_context(returning_loss(self.model, self.objective))
+        return found
 
 
-def peak(kind: str, arguments: argparse.Namespace) -> float:
-    """Peak memory in GB of a process that takes two steps of one kind."""
-    command = [sys.executable, __file__, "--only", kind, "--dtype", arguments.dtype]
-    for name in ("scheme", "window", "batch", "layers", "threads"):
-        command += [f"--{name}", str(getattr(arguments, name))]
+def teacher_of(options: argparse.Namespace, device: torch.device) -> PreTrainedModel | None:
+    """The dense model in the dtype of the run, where the loss has one."""
+    if options.loss == losses.CE:
+        return None
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    return build(
+        options.shape, DENSE, small=options.small, layers=options.layers, dtype=dtype, device=device
+    )
+
+
+def peak(kind: str, optimizer: str, options: argparse.Namespace) -> float | None:
+    """Peak memory in GB of a process of its own on the CPU that takes two steps of one model."""
+    if options.small:
+        return None
+    command = [sys.executable, __file__, "--only", kind, optimizer, "--dtype", options.dtype]
+    for name in ("shape", "window", "batch", "layers", "threads", "loss"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def main() -> None:
-    """Time, measure memory, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scheme", default="81M", choices=list(krony.SCHEMES))
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
-    parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_memory()  # as krony heal does, for all kinds
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.only:
-        step = Step(arguments.only, arguments, arguments.dtype, device)
-        step(), step()
-        print(peak_bytes(step.model) / 1e9)
-        return
-    arguments.dtype = arguments.dtype or fastest_dtype(torch.device(device))
-    memory = {kind: peak(kind, arguments) for kind in KINDS}
-    steps = {kind: Step(kind, arguments, arguments.dtype, device) for kind in KINDS}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for repeat in range(arguments.repeats + 1):
-        for kind, step in steps.items():
-            taken = step()
-            if repeat:  # the first warms up
-                seconds[kind].append(taken)
-    tokens = arguments.batch * arguments.window
-    rows: list[dict[str, Any]] = []
-    for kind, step in steps.items():
-        # Ratios within one round, so that a slow round is slow for both.
-        dense, kron, kron_b = (
-            [other / own for other, own in zip(seconds[against], seconds[kind], strict=True)]
-            for against in ("dense", *KRON_KINDS)
-        )
+def started(
+    kind: str,
+    optimizer: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    teacher: PreTrainedModel | None,
+) -> tuple[Step, float | None]:
+    """A step that has run twice, and the peak memory of that in GB."""
+    if device.type != "cuda":
+        gigabytes = peak(kind, optimizer, options)
+        step = Step(kind, optimizer, options, device, teacher)
+        step()
+        return step, gigabytes
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(kind, optimizer, options, device, teacher)
+    step()
+    step()
+    return step, (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def rows_of(
+    steps: dict[str, Step],
+    memory: dict[str, float | None],
+    taken: dict[str, list[float]],
+    options: argparse.Namespace,
+    rate: float,
+) -> list[dict[str, Any]]:
+    """JSON-ready, a row a model and optimiser."""
+    tokens, rows = options.batch * options.window, []
+    for name, step in steps.items():
+        kind, _, optimizer = name.partition(" / ")
+
+        def over(other: str, own: list[float] = taken[name]) -> list[float] | None:
+            # Ratios within one round, so that a slow round is slow for both.
+            theirs = taken.get(f"{other} / {OPTIMIZERS[0]}")
+            return theirs and [t / o for t, o in zip(theirs, own, strict=True)]
+
+        dense, krons = over(DENSE) or [1.0], [over(other) for other in KRON_KINDS]
+        gigabytes = memory[name]
+        seconds, flops = statistics.median(taken[name]), step.flops(options.window)
         rows.append(
             {
                 "model": kind,
+                "optimizer": optimizer,
                 "against_dense": round(statistics.median(dense), 3),
                 "spread": [round(min(dense), 3), round(max(dense), 3)],
-                "against_kron": round(statistics.median(kron), 3),
-                "against_kron_b_first": round(statistics.median(kron_b), 3),
-                "tokens_per_second": round(tokens / statistics.median(seconds[kind]), 1),
-                "peak_gb": round(memory[kind], 2),
-                "flops_per_token": flops_per_token(step.model, step.objective, arguments.window),
+                "against_kron": krons[0] and round(statistics.median(krons[0]), 3),
+                "against_kron_b_first": krons[1] and round(statistics.median(krons[1]), 3),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "milliseconds": round(seconds * 1e3, 3),
+                "peak_gb": gigabytes and round(gigabytes, 2),
+                "flops_per_token": flops,
+                "share_of_roofline": round(flops * tokens / seconds / rate, 3),
+                "parameters": sum(p.numel() for p in step.model.parameters()),
             }
         )
-    print(
-        "| training step | speed against dense | spread | against `torch.kron` | B first "
-        "| GFLOP a token | peak memory |"
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+
+    def times(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}x"
+
+    show_table(
+        (
+            *("training step", "optimiser", "speed against dense", "spread"),
+            *("against `torch.kron`", "B first", "tokens/s", "GFLOP a token", "roofline", "peak"),
+        ),
+        (
+            (
+                *(row["model"], row["optimizer"], times(row["against_dense"])),
+                f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
+                *(times(row["against_kron"]), times(row["against_kron_b_first"])),
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['flops_per_token'] / 1e9:.3f}",
+                f"{100 * row['share_of_roofline']:.0f} %",
+                "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB",
+            )
+            for row in rows
+        ),
     )
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['against_dense']:.2f}x "
-            f"| {row['spread'][0]:.2f} to {row['spread'][1]:.2f} "
-            f"| {row['against_kron']:.2f}x | {row['against_kron_b_first']:.2f}x "
-            f"| {row['flops_per_token'] / 1e9:.3f} | {row['peak_gb']:.2f} GB |"
-        )
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "only")}
-    write_json(
-        arguments.out, {"settings": settings, "rows": rows, "environment": evaluate.environment()}
-    )
-    print(json.dumps(settings))
+
+
+def command_line() -> argparse.Namespace:
+    """Options, with what depends on the machine filled in."""
+    made = parser(__doc__ or "", "training")
+    made.add_argument("--shape", default="gpt2", choices=list(SHAPES))
+    kinds = [*KINDS, *KRON_KINDS]
+    made.add_argument("--kinds", nargs="+", default=DEFAULT, choices=kinds, metavar="KIND")
+    made.add_argument("--optimizers", nargs="+", default=["adamw"], choices=OPTIMIZERS)
+    made.add_argument("--loss", default=losses.CE, help="with kl or features, a dense teacher")
+    made.add_argument("--window", type=int, default=1024)
+    made.add_argument("--batch", type=int, default=1, help="windows in a step")
+    made.add_argument("--layers", type=int, help="instead of the shape's")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--seconds", type=float, default=5.0, help="of rounds, if repeats are less")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--dtype", choices=("float32", "bfloat16"))
+    made.add_argument("--compile", action="store_true", help="torch.compile, all models")
+    made.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    options = made.parse_args()
+    if options.small:
+        options.window, options.repeats, options.seconds = 16, 1, 0.0
+    options.dtype = options.dtype or fastest_dtype(device_here())
+    return options
+
+
+def main() -> None:
+    """Time, measure memory, print the table, write the JSON."""
+    options, device = command_line(), device_here()
+    torch.set_num_threads(options.threads)
+    keep_memory()  # as krony heal does, for all kinds
+    teacher = teacher_of(options, device)
+    if options.only:
+        kind, optimizer = options.only
+        step = Step(kind, optimizer, options, device, teacher)
+        step()
+        step()
+        print(peak_bytes(step.model) / 1e9)
+        return
+    record = Record("a step of training, random weights and tokens", options)
+    # All kinds with the first optimiser, then the others, of which the dense one tells enough.
+    names = [(kind, options.optimizers[0]) for kind in dict.fromkeys([DENSE, *options.kinds])]
+    names += [(k, o) for o in options.optimizers[1:] for k in options.kinds if k in KINDS]
+    steps: dict[str, Step] = {}
+    memory: dict[str, float | None] = {}
+    longest = 0.0
+    for kind, optimizer in names:
+        name, began = f"{kind} / {optimizer}", record.spent
+        if record.has_time(name, 2 * longest + options.seconds):
+            steps[name], memory[name] = started(kind, optimizer, options, device, teacher)
+            longest = max(longest, record.spent - began)
+            row = {"model": kind, "optimizer": optimizer, "peak_gb": memory[name]}
+            record.add(row | {"seconds": round(record.spent - began, 2)}, "prepared")
+            print(f"{name}: ready after {record.spent - began:.1f} s", flush=True)
+    gauge = Gauge(device, getattr(torch, options.dtype))
+    gauge.read()
+    taken = rounds(steps, device, seconds=options.seconds, least=options.repeats)
+    gauge.read()
+    record.content["roofline_flops_per_second"] = 2 * gauge.rate
+    for row in rows_of(steps, memory, taken, options, 2 * gauge.rate):
+        record.add(row)
+    show(record.content["rows"])
 
 
 if __name__ == "__main__":

@@ -91,21 +91,32 @@ def workloads(vocabulary: int, context: int, device: torch.device, seed: int) ->
     return [*made, first_token(ids(1, min(FIRST, context - 1)))]
 
 
-def in_turn(jobs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+def in_turn(
+    jobs: Mapping[str, Callable[[], float]],
+    seconds: float | None = None,
+    least: int | None = None,
+    most: int | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each job in each round, after one run of each that warms up.
 
     Every second round goes backwards: what the job before leaves in the caches is then the same.
+
+    Args:
+        jobs: by name; each returns the seconds that it took.
+        seconds: of rounds, at `least` so many of them and at `most`; None: as `krony bench` does.
     """
+    seconds = SECONDS if seconds is None else seconds
+    least, most = LEAST if least is None else least, MOST if most is None else most
     for job in jobs.values():
         job()
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
     started = time.perf_counter()
-    for number in range(MOST):
-        if number >= LEAST and time.perf_counter() - started > SECONDS:
+    for number in range(most):
+        if number >= least and time.perf_counter() - started > seconds:
             break
         for name in list(jobs)[:: -1 if number % 2 else 1]:
-            seconds[name].append(jobs[name]())
-    return seconds
+            taken[name].append(jobs[name]())
+    return taken
 
 
 def summary(

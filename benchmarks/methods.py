@@ -1,4 +1,8 @@
-"""The cells of a study: every size and method, and what makes a model of one."""
+"""Every method that benchmarks compare: its plan and initialisation at a share of the matrices.
+
+One place for baselines, ours and others', each as good as it is published: whoever adds one here
+has it in every benchmark that compares methods.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,69 @@ from krony.hf.plan import Plan, matrix_plan
 from krony.maths import schemes
 from krony.measure import info
 
+# Structures that are fitted to data, at one share of every matrix.
+WHITENED, LOW_RANK, SUMS, NARROW = "whitened SVD", "low rank", "balanced sum", "narrowed"
+STRUCTURES = (WHITENED, LOW_RANK, SUMS, NARROW)
+ONE_TERM = "one term"  # the paper's shape, fitted to data
+BUDGET, DROPPED, DENSE = "budget", "layers dropped", "dense"
+OURS = (BUDGET, *STRUCTURES, DROPPED)  # at a size, in no shape of the paper's
+WEIGHTS_ONLY = krony.DataOptions(sequential=False, gradients=False)
+SMALL = {0.5: (2, 1), 0.25: (2, 2)}  # the paper's kind of factors, by the share that they leave
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `krony.compress` takes, beside calibration windows where `init` is "data"."""
+
+    plan: Plan
+    init: str
+    options: krony.DataOptions | None = None
+
+
+def named(model: PreTrainedModel, name: str, share: float) -> Start:
+    """A structure fitted to data in all MLPs, or the paper's one term by an initialisation's name.
+
+    Args:
+        share: of the parameters; 0.5 or 0.25 for the paper's.
+    """
+    if name in STRUCTURES:
+        options = WEIGHTS_ONLY if name == WHITENED else None
+        return Start(structured(find_targets(model, "mlp"), name, share), DATA, options)
+    paper = krony.make_plan(model, small=SMALL[share])
+    return Start(paper, DATA if name == ONE_TERM else name)
+
+
+def low_rank_plan(targets: list[Target], ranks: list[int]) -> Plan:
+    """Two matrices for each, of the given ranks."""
+    matrices = [
+        matrix_plan(t, (krony.Factors((t.shape[0], 1), (1, t.shape[1]), rank),))
+        for t, rank in zip(targets, ranks, strict=True)
+    ]
+    return Plan(tuple(matrices))
+
+
+def structured(targets: list[Target], method: str, share: float) -> Plan:
+    """One structure at the same share of every matrix; one of `STRUCTURES`."""
+    if method == NARROW:
+        fewer = [t.narrowed(round(share * t.hidden)) for t in targets]
+        return Plan(tuple(matrix_plan(t, ()) for t in fewer))
+    if method == WHITENED:  # as published: both halves in full
+        ranks = [max(1, int(share * t.shape[0] * t.shape[1] / sum(t.shape))) for t in targets]
+        return low_rank_plan(targets, ranks)
+
+    def factors(target: Target) -> krony.Factors:
+        m, n = target.shape
+        return sized(*(balanced_shapes((m, n)) if method == SUMS else ((m, 1), (1, n))), share)
+
+    return Plan(tuple(matrix_plan(t, (factors(t),)) for t in targets))
+
+
+# Sizes of a study: the paper's models, in MLPs, and shares of all matrices of the blocks.
 SIZES = {
     **{name: schemes.SCHEMES[name] for name in ("96M", "81M", "80M-2", "92M-4")},
     "81M-768": replace(schemes.SCHEMES["81M"], shape=(768, 768)),
 }
-WHITENED, LOW_RANK, SUMS, BUDGET = "whitened SVD", "low rank", "balanced sum", "budget"
-NARROW, DROPPED, DENSE = "narrowed", "layers dropped", "dense"
-OURS = (BUDGET, NARROW, SUMS, LOW_RANK, WHITENED, DROPPED)  # at a size, in no shape of the paper's
+SHARES = ("0.8", "0.625", "0.5")
 
 
 @dataclass(frozen=True)
@@ -47,9 +107,11 @@ class Cell:
 
 
 PAPERS = ("van-loan-scaled", DATA, "van-loan", "prune")
-# What answers the question comes first: one rental may not last for all of them.
+# What answers the question comes first: one run may not last for all of them.
 CELLS = [
     Cell("", DENSE),
+    *(Cell(size, BUDGET) for size in SHARES),
+    *(Cell(size, m) for size in SHARES for m in (WHITENED, DROPPED, LOW_RANK, SUMS)),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("van-loan-scaled", BUDGET, LOW_RANK)),
     *(Cell(size, m) for size in ("81M", "96M") for m in ("prune", DROPPED)),
     *(Cell(size, m) for size in ("81M", "96M") for m in (NARROW, WHITENED, SUMS)),
@@ -67,22 +129,28 @@ class Methods:
         base: the dense model, which stays as it is.
         windows: token ids to calibrate on, (windows, window).
         cache: file for the moments, which one run finds for all that follow.
+        target: what moments are found of: "mlp" does for the paper's sizes.
     """
 
-    def __init__(self, base: PreTrainedModel, windows: Tensor, cache: Path, seed: int) -> None:
+    def __init__(
+        self, base: PreTrainedModel, windows: Tensor, cache: Path, seed: int, target: str = "all"
+    ) -> None:
         self.base, self.windows, self.cache, self.seed = base, windows, cache, seed
-        self.targets = find_targets(base, "mlp")
+        self.measured = find_targets(base, target)  # whose moments are found
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        """Of the MLPs."""
+        """Of all matrices that any cell changes."""
         if self.cache.exists():
             return read_moments(self.cache, self.base.device)
-        found = calibrate.calibrate(
-            self.base, self.windows, [t.name for t in self.targets], seed=self.seed
-        )
+        names = [t.name for t in self.measured]
+        found = calibrate.calibrate(self.base, self.windows, names, seed=self.seed)
         write_moments(self.cache, found)
         return found
+
+    def targets(self, size: str) -> list[Target]:
+        """Which matrices a size is a share of: the paper's of MLPs, the others of whole blocks."""
+        return find_targets(self.base, "mlp" if size in SIZES else "all")
 
     def paper_plan(self, size: str) -> Plan:
         """The paper's shape of that size, by its small factor: in other models the same shares."""
@@ -90,6 +158,13 @@ class Methods:
         gpt2 = (schemes.GPT2_HIDDEN, schemes.GPT2_MODEL)
         small = schemes.divide(gpt2, scheme.shape)
         return krony.make_plan(self.base, small=small, terms=scheme.terms, scalars=scheme.scalars)
+
+    def share(self, size: str) -> float:
+        """Of the parameters of `targets`, that stay."""
+        if size not in SIZES:
+            return float(size)
+        paper = self.paper_plan(size)
+        return paper.parameters / paper.dense_parameters
 
     def prepare(self, cell: Cell) -> None:
         """Find, or read, what cells share, so that their own time can be measured without it."""
@@ -101,47 +176,32 @@ class Methods:
         model = copy.deepcopy(self.base)
         if cell.method == DENSE:
             return model
-        paper = self.paper_plan(cell.size)
+        targets, share = self.targets(cell.size), self.share(cell.size)
         if cell.method == DROPPED:
-            most = info.parameters(model) - paper.dense_parameters + paper.parameters
+            dense = sum(t.shape[0] * t.shape[1] for t in targets)
+            most = info.parameters(model) - dense + int(share * dense)
             return drop_blocks(model, most, self.windows[:8].to(model.device))
-        if cell.method not in OURS:
-            if cell.method != DATA:
-                return krony.compress(model, paper, init=cell.method, seed=self.seed)
-            plan = paper
+        if cell.method not in (*OURS, DATA):
+            plan = self.paper_plan(cell.size)
+            return krony.compress(model, plan, init=cell.method, seed=self.seed)
+        if cell.method == DATA:
+            plan = self.paper_plan(cell.size)
         elif cell.method == BUDGET:
-            share = paper.parameters / paper.dense_parameters
-            plan = make_budget_plan(model, self.windows, share=share, moments=self.moments).plan
+            target = "mlp" if cell.size in SIZES else "all"
+            plan = make_budget_plan(
+                model, self.windows, share=share, target=target, moments=self.moments
+            ).plan
         else:
-            share = paper.parameters / paper.dense_parameters
-            plan = uniform_plan(self.targets, cell.method, share)
-        weights_only = krony.DataOptions(sequential=False, gradients=False)
+            plan = structured(targets, cell.method, share)
         return krony.compress(
             model,
             plan,
             init=DATA,
             seed=self.seed,
             calibration=self.windows,
-            moments=self.moments,
-            options=weights_only if cell.method == WHITENED else None,
+            moments={m.name: self.moments[m.name] for m in plan.matrices},
+            options=WEIGHTS_ONLY if cell.method == WHITENED else None,
         )
-
-
-def uniform_plan(targets: list[Target], method: str, share: float) -> Plan:
-    """One structure at the same share of every matrix."""
-    if method == NARROW:
-        fewer = [t.narrowed(round(share * t.hidden)) for t in targets]
-        return Plan(tuple(matrix_plan(t, ()) for t in fewer))
-
-    def factors(target: Target) -> krony.Factors:
-        m, n = target.shape
-        if method == SUMS:
-            return sized(*balanced_shapes(target.shape), share)
-        if method == LOW_RANK:
-            return sized((m, 1), (1, n), share)
-        return krony.Factors((m, 1), (1, n), max(1, int(share * m * n / (m + n))))
-
-    return Plan(tuple(matrix_plan(t, (factors(t),)) for t in targets))
 
 
 @torch.inference_mode()
