@@ -106,11 +106,11 @@ def test_own_samples():
     ("name", "content", "message"),
     [
         ("missing.txt", None, "no such file"),
-        ("nobody/nothing", None, "can't load the training text nobody/nothing"),
+        ("nobody/nothing", None, "can't load the text nobody/nothing"),
         ("short.txt", "a word", "shorter than one block of 32 tokens"),
-        ("text.bin", "a word", "no text that can be read; give a .txt, .jsonl or .parquet"),
-        ("other.jsonl", '{"content": "a word"}\n', 'has no column "text", only content'),
-        ("broken.jsonl", '{"text": "a', "can't read the text"),
+        ("text.bin", "a word", "no text that can be read; give a .txt, .jsonl"),
+        ("other.jsonl", '{"a": "a word", "b": 1}\n', 'has no column "text", only a, b'),
+        ("broken.jsonl", '{"text": "a', r"line 1 of .*broken\.jsonl is no JSON object"),
     ],
 )
 def test_bad_input_is_named(name, content, message, tokenizer, tmp_path):

@@ -89,6 +89,8 @@ def test_files(tmp_path):
 def test_texts_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(KronyError, match="no text 'wikitext3': give wikitext2, wikitext103"):
         data.load_text("wikitext3")
+    with pytest.raises(KronyError, match="can't load the text nobody/nothing en test"):
+        data.load_text("nobody/nothing:en")
     with pytest.raises(KronyError, match=r"can't read the text .*gone\.txt"):
         data.load_text(str(tmp_path / "gone.txt"))
     (tmp_path / "empty.txt").write_text(" \n")
@@ -110,6 +112,25 @@ def test_passages_are_the_lines_of_the_text(tmp_path):
     path.write_text('{"text": "one two"}\n\n{"text": "three"}\n')
     assert data.load_passages(str(path)) == (["one two", "three"], str(path))
     assert data.load_text(str(path)).text == "one two\n\nthree"
+
+
+def test_a_name_that_is_also_a_path_is_no_guess(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "a.txt").write_text("mine")
+    with pytest.raises(KronyError, match=r"also a path here; write \./wikitext2"):
+        data.load_text("wikitext2")
+    assert data.load_text("./wikitext2").text == "mine"
+
+
+def test_what_is_measured_on_is_not_what_is_calibrated_on(public_sets, monkeypatch, tmp_path):
+    need("wikitext-2", "wiki.train.tokens")
+    test, train = (data.load_text("wikitext2", split) for split in ("test", "train"))
+    assert test.text[:200] not in train.text
+    assert test.sha256 != train.sha256
+    monkeypatch.setenv("KRONY_DATA", str(tmp_path))
+    with pytest.raises(KronyError, match="its training split is what to calibrate on"):
+        data.load_text("wikitext2", "train")
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "some.txt", "absent.jsonl"])

@@ -18,6 +18,8 @@ from krony.cli.compress import compress_command, plan_command
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
 from krony.cli.options import (
+    AS_IT_HAS,
+    Bos,
     Device,
     Dtype,
     DtypeOption,
@@ -33,6 +35,7 @@ from krony.maths import schemes
 from krony.measure import evaluate, info
 from krony.measure.memory import keep_memory
 from krony.text import data
+from krony.text.tokens import bos_of
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -94,7 +97,9 @@ def evaluate_command(
     against: Annotated[str | None, typer.Option(help="A second model, measured too.")] = None,
     data_name: Annotated[
         str,
-        typer.Option("--data", help=f"{', '.join(data.TEXTS)}, a .txt or a .jsonl file."),
+        typer.Option(
+            "--data", help=f"{', '.join(data.TEXTS)}, a file, a folder, or owner/set:name:split."
+        ),
     ] = "wikitext2",
     window: Annotated[int | None, typer.Option(help="Default: 1024, or the context.")] = None,
     stride: Annotated[int | None, typer.Option(help="Default: the window.")] = None,
@@ -102,6 +107,7 @@ def evaluate_command(
         Dtype | None, typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere.")
     ] = None,
     device: Device = None,
+    bos: Bos = AS_IT_HAS,
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity on a text, token-weighted, with its protocol."""
@@ -111,7 +117,7 @@ def evaluate_command(
     for name in [source] if against is None else [source, against]:
         model = _load(name, dtype, device)
         tokenizer = checkpoints.load_tokenizer(name)
-        ids = evaluate.tokenize(tokenizer, text)
+        ids = evaluate.tokenize(tokenizer, text, bos.value)
         with progress_bar() as bar:
             task = bar.add_task(name, total=None)
             results[name] = evaluate.perplexity(
@@ -121,6 +127,7 @@ def evaluate_command(
                 window,
                 stride,
                 lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+                bos_of(tokenizer, bos.value),
             )
     out.print(tables.perplexity_table(results))
     if json_file is not None:

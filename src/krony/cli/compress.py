@@ -9,7 +9,16 @@ import transformers
 import typer
 
 from krony.cli import tables
-from krony.cli.options import Destination, DtypeOption, JsonFile, Source, out, progress_bar
+from krony.cli.options import (
+    AS_IT_HAS,
+    Bos,
+    Destination,
+    DtypeOption,
+    JsonFile,
+    Source,
+    out,
+    progress_bar,
+)
 from krony.compression import calibrate, limits
 from krony.compression.budget import BudgetPlan, make_budget_plan
 from krony.compression.factorise import DATA, INITS, compress
@@ -82,6 +91,7 @@ def plan_command(
     objective: Objective = None,
     calibration: Calibration = calibrate.SELF,
     windows: Windows = 128,
+    bos: Bos = AS_IT_HAS,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -94,7 +104,9 @@ def plan_command(
     model = checkpoints.load_model(source)
     if budget:
         tokenizer = checkpoints.find_tokenizer(source)
-        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
+        tokens = calibrate.calibration_windows(
+            calibration, model, tokenizer, windows, seed=seed, bos=bos.value
+        )
         found = _find(model, tokens, budget, seed)
         plan = found.plan
     else:
@@ -130,6 +142,7 @@ def compress_command(
     ] = None,
     calibration: Calibration = calibrate.SELF,
     windows: Windows = 128,
+    bos: Bos = AS_IT_HAS,
     dtype: DtypeOption = None,
     seed: Seed = 0,
 ) -> None:
@@ -146,7 +159,9 @@ def compress_command(
     method = init.value if init else (DATA if by_data else DEFAULT_INIT.value)
     tokens = found = None
     if budget or method == DATA:
-        tokens = calibrate.calibration_windows(calibration, model, tokenizer, windows, seed=seed)
+        tokens = calibrate.calibration_windows(
+            calibration, model, tokenizer, windows, seed=seed, bos=bos.value
+        )
     if budget and tokens is not None:
         found = _find(model, tokens, budget, seed)
         plan = found.plan

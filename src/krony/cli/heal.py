@@ -11,7 +11,7 @@ import torch
 import typer
 from accelerate import PartialState
 
-from krony.cli.options import Destination, Device, Source, err, out, progress_bar
+from krony.cli.options import AS_IT_HAS, Bos, Destination, Device, Source, err, out, progress_bar
 from krony.compression.calibrate import SELF, sample
 from krony.compression.limits import parse_count
 from krony.errors import KronyError
@@ -20,6 +20,7 @@ from krony.healing.heal import HealConfig, HealRecord, heal
 from krony.healing.recipe import RECIPES
 from krony.hf import checkpoints
 from krony.hf.modeling import config_of
+from krony.hf.probes import rows
 from krony.measure import evaluate
 from krony.measure.memory import keep_memory
 from krony.text import blocks as blocks_module
@@ -42,8 +43,8 @@ def heal_command(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Training text: python-docstrings, openwebtext, wikitext103, a .txt, .jsonl or "
-            ".parquet, a Hub data set, or self: text that the teacher writes. May be repeated."
+            help="Training text: python-docstrings, openwebtext, wikitext103, a file, a folder, "
+            "owner/set:name:split, or self: text that the teacher writes. May be repeated."
         ),
     ],
     tokens: Annotated[str, typer.Option(help="To train on: 2M, 300M, 27B.")],
@@ -90,6 +91,7 @@ def heal_command(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
     log_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, …")] = "none",
+    bos: Bos = AS_IT_HAS,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
 ) -> None:
@@ -132,11 +134,12 @@ def heal_command(
     datasets.disable_progress_bars()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{destination}.logs")
     with state.main_process_first():
-        training = _training(data, tokenizer, dense, config, window, streaming, seed)
+        how: dict[str, Any] = {"bos": bos.value, "vocabulary": rows(model)}
+        training = _training(data, tokenizer, dense, config, window, streaming, seed, how)
         if eval_data is None:
             training, held_out = blocks_module.hold_out(training)
         else:
-            held_out = blocks_module.load_blocks([eval_data], tokenizer, window)
+            held_out = blocks_module.load_blocks([eval_data], tokenizer, window, **how)
             most = min(len(held_out), blocks_module.HELD_OUT_MOST)
             held_out = held_out.select(range(most))
     with progress_bar() as bar:
@@ -206,9 +209,12 @@ def _training(
     window: int,
     streaming: bool,
     seed: int,
+    how: dict[str, Any],
 ) -> Blocks:
     if SELF not in names:
-        return blocks_module.load_blocks(names, tokenizer, window, streaming=streaming, seed=seed)
+        return blocks_module.load_blocks(
+            names, tokenizer, window, streaming=streaming, seed=seed, **how
+        )
     if names != [SELF] or teacher is None:
         raise KronyError("--data self is text that the teacher writes: alone, and with --teacher")
     return blocks_module.from_ids(sample(teacher, -(-config.tokens // window) + 1, window, seed))
@@ -231,6 +237,10 @@ def _write(
     provenance = config_of(model)
     if provenance is not None:
         provenance.provenance["healed"] = {"data": names, **record.settings}
+        read = [blocks_module.describe(name) for name in names if name != SELF]
+        texts = [*provenance.provenance.get("texts", []), *({**t, "use": "healing"} for t in read)]
+        if texts:
+            provenance.provenance["texts"] = texts
 
     def also(folder: Path) -> None:
         checkpoints.write_json(folder / "heal.json", figures)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from krony.hf import checkpoints
+from krony.text.tokens import BOS
 
 # Wide when not a terminal: a table that is piped into a file must not be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -21,6 +22,12 @@ Source = Annotated[str, typer.Argument(help="A Hub name, a model directory, or d
 Destination = Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
+BosName = StrEnum("BosName", list(BOS))  # type: ignore[misc]
+Bos = Annotated[
+    BosName,
+    typer.Option("--bos", help="The token that begins a text, in front of every window."),
+]
+AS_IT_HAS = BosName("auto")
 Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
 
 

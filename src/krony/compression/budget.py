@@ -9,6 +9,7 @@ multiple-choice knapsack.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -197,6 +198,8 @@ def make_budget_plan(
             seed=seed,
             progress=progress and partial(progress, "Calibrating"),
         )
+    if rest := families.left_out(model):
+        warnings.warn(rest, stacklevel=2)
     prices = price(model, targets, moments, most, objective, narrow, progress)
     chosen = choose(prices.rows, most)
     pairs = zip(prices.targets, chosen, strict=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
 from krony.hf.families import dense_weight, states_and_head
+from krony.hf.families import rows as rows_of
 from krony.measure import evaluate
-from krony.text import data, docstrings
+from krony.text import data, docstrings, tokens
 
 TOKENS_PER_DIMENSION = 20
 SELF = "self"
@@ -125,6 +126,7 @@ def calibration_windows(
     windows: int = 128,
     window: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
 ) -> Tensor:
     """Token ids (windows, window) to calibrate on.
 
@@ -133,6 +135,7 @@ def calibration_windows(
             and numpy: a part of what the packaged model was trained on), or "self": text that the
             model samples, for which no data is needed.
         windows: how many, spread evenly over the text.
+        bos: whether every window starts with the token that begins a text, see `tokens.bos_of`.
     Raises:
         KronyError: no windows, a text shorter than one, or no tokenizer for it.
     """
@@ -147,22 +150,29 @@ def calibration_windows(
         documents = docstrings.python_docstrings("train", ("stdlib", "numpy"))
         text = data.Text(name, data.SEPARATOR.join(documents), name)
     else:
-        text = data.load_text(name)
+        text = data.load_text(name, "train")
+    first = tokens.bos_of(tokenizer, bos)
+    size = window - (first is not None)
+    if size < 1:
+        raise KronyError(f"a calibration window of {window} tokens has no room for text")
     # A long text is thinned before it is tokenised: tokens are rarely longer than ten characters.
-    most = windows * window * 10
+    most = windows * size * 10
     if len(text.text) > 2 * most:
         step = len(text.text) // windows
-        pieces = [text.text[i * step : i * step + window * 10] for i in range(windows)]
-        rows = [evaluate.tokenize(tokenizer, data.Text(name, p, name))[:window] for p in pieces]
-        rows = [row for row in rows if len(row) == window]
+        pieces = [text.text[i * step : i * step + size * 10] for i in range(windows)]
+        encoded = [tokens.encode_text(tokenizer, piece)[:size] for piece in pieces]
+        rows = [row for row in encoded if len(row) == size]
     else:
-        ids = evaluate.tokenize(tokenizer, text)
-        count = min(windows, len(ids) // window)
-        starts = [i * (len(ids) - window) // max(count - 1, 1) for i in range(count)]
-        rows = [ids[start : start + window] for start in starts]
+        ids = tokens.encode_text(tokenizer, text.text)
+        count = min(windows, len(ids) // size)
+        starts = [i * (len(ids) - size) // max(count - 1, 1) for i in range(count)]
+        rows = [ids[start : start + size] for start in starts]
     if not rows:
         raise KronyError(f"the calibration text {name} is shorter than one window of {window}")
-    return torch.stack(rows)
+    found = torch.tensor(rows if first is None else [[first, *row] for row in rows])
+    tokens.check_ids([int(found.max())], rows_of(model), tokenizer, name)
+    vars(found)["text"] = text.record()  # for the provenance of what is made with it
+    return found
 
 
 @torch.inference_mode()
@@ -274,7 +284,25 @@ def calibrate(
             handle.remove()
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
+    check_moments(found, names)
     return found
+
+
+def check_moments(found: dict[str, Moments], names: list[str]) -> None:
+    """Raise `KronyError` for a matrix that no token reached, or whose moments are no numbers."""
+    for name in names:
+        if name not in found or not found[name].inputs.tokens:
+            raise KronyError(
+                f"no token of the calibration text reached {name} (an expert that was never "
+                "chosen, say); give more windows, or leave it out with --target"
+            )
+        moments = found[name]
+        parts = (moments.inputs.total, moments.inputs.square.triu(), moments.gradient_square)
+        if not all(part is None or bool(part.isfinite().all()) for part in parts):
+            raise KronyError(
+                f"what flows through {name} has NaN or Inf in it: the model is damaged, or "
+                "overflows in its dtype; nothing can be fitted to that"
+            )
 
 
 def _home(model: PreTrainedModel, modules: list[nn.Module]) -> torch.device:

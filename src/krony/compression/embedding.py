@@ -157,7 +157,10 @@ def calibrate(
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
     assert gradients is not None
-    lookup = Use(read / tokens, fit.ridged(gradients / tokens, fit.GRADIENT_RIDGE))
+    # Gradients are taken behind the scale that some models give to their rows.
+    scale = next((t.scale for t in targets if t.role == "embedding"), 1.0)
+    gradients *= scale**2 / tokens
+    lookup = Use(read / tokens, fit.ridged(gradients, fit.GRADIENT_RIDGE))
     output = Use(written / tokens, fit.ridged(hidden / tokens, fit.INPUT_RIDGE))
     uses = {"head": (output,), "embedding": (lookup,)}
     return {t.name: RowMetric((lookup, output) if t.tied else uses[t.role]) for t in targets}

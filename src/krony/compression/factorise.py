@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from krony.compression import calibrate, embedding, width
 from krony.compression.calibrate import Moments
 from krony.compression.embedding import RowMetric
 from krony.compression.sequential import DataOptions, Fitted, fit_plan
 from krony.errors import KronyError
+from krony.hf import families
 from krony.hf.families import Target, dense_weight, find_targets
 from krony.hf.modeling import (
     Factored,
@@ -180,6 +180,12 @@ def compress(
     else:
         layers, errors = _by_weights(modules, plan, init, seed, progress)
     provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
+    text = None if calibration is None else vars(calibration).get("text")
+    texts = [] if before is None else list(before.provenance.get("texts", []))
+    if text is not None:
+        texts.append({**text, "use": "calibration"})
+    if texts:
+        provenance["texts"] = texts
     if before is not None:  # a second pass over other matrices adds to the first
         provenance["matrices"] = {**before.provenance.get("matrices", {}), **errors}
         plan = Plan(Plan.from_dict(before.plan).matrices + plan.matrices)
@@ -344,7 +350,8 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
             f"{matrix.name} is factored already; fold the model to dense first "
             "(krony export --to dense)"
         )
-    if type(module) not in ((nn.Embedding,) if matrix.embedding else (nn.Linear, Conv1D)):
+    scale = families.embedding_scale(module) if matrix.embedding else None
+    if not (scale == matrix.scale if matrix.embedding else families.is_linear(module)):
         kind = "embedding" if matrix.embedding else "linear layer"
         raise KronyError(
             f"{matrix.name} is a {type(module).__name__}, not a dense {kind}; compress the "

@@ -22,9 +22,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from krony.errors import KronyError
+from krony.hf.probes import (
+    PROBE,
+    check_causal,
+    dense_weight,
+    embedding_scale,
+    is_linear,
+    left_out,
+    rows,
+)
 from krony.maths.kron import Shape
 from krony.nn.layers import KroneckerEmbedding, KroneckerLinear
 from krony.runtime.layers import is_quantized
+
+__all__ = ["check_causal", "dense_weight", "embedding_scale", "is_linear", "left_out", "rows"]
 
 Role = Literal["up", "down", "attention", "embedding", "head", "other"]
 # What --target can name: which roles each name stands for.
@@ -36,7 +47,6 @@ SETS: dict[str, tuple[Role, ...]] = {
     "everything": ("up", "down", "attention", "embedding", "head"),
 }
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-PROBE = 8  # tokens on which the short way to the logits is checked
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Target:
         bias: whether the module has a bias.
         tied: an embedding that is the output matrix too.
         dense_shape: what `shape` was before hidden units were taken out; None: all are there.
+        scale: what an embedding multiplies its rows by.
     """
 
     name: str
@@ -65,6 +76,7 @@ class Target:
     bias: bool
     tied: bool = False
     dense_shape: Shape | None = None
+    scale: float = 1.0
 
     @property
     def parts(self) -> int:
@@ -92,13 +104,6 @@ class MLP:
     def targets(self) -> tuple[Target, ...]:
         """All of them, in the order of the forward pass."""
         return (*self.ups, self.down)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (m, n), outputs by inputs, or of an embedding as (tokens,
-    model); a view, not a copy."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def find_targets(model: PreTrainedModel, target: str = "mlp") -> list[Target]:
@@ -150,9 +155,11 @@ def _by_set(model: PreTrainedModel, name: str) -> list[Target]:
                     f"the {name} matrices of this {type(model).__name__} are quantised; start from "
                     "the model that it was made from"
                 )
+            rest = left_out(model)
             raise KronyError(
                 f"no {name} matrices were found in {type(model).__name__}; give a pattern of "
                 f"module names instead, for example {_example(model)!r}"
+                + (f" ({rest})" if rest else "")
             )
     if "embedding" in roles:
         found += _embedding_targets(model)
@@ -163,7 +170,8 @@ def _embedding_targets(model: PreTrainedModel) -> list[Target]:
     """The input embedding, and the output matrix where it is one of its own."""
     names = {id(module): name for name, module in model.named_modules()}
     module, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(module) is not nn.Embedding:
+    scale = embedding_scale(module)
+    if scale is None or not isinstance(module, nn.Embedding):
         done = isinstance(module, KroneckerEmbedding)
         reason = "factored already; fold it to dense first" if done else "no plain embedding"
         raise KronyError(
@@ -172,14 +180,15 @@ def _embedding_targets(model: PreTrainedModel) -> list[Target]:
     tied = head is not None and head.weight is module.weight
     shape = (module.num_embeddings, module.embedding_dim)
     found = [Target(names[id(module)], shape, "embedding", None, 0, False, False, tied)]
-    if head is not None and not tied and _is_linear(head):
+    found = [replace(found[0], scale=scale)]
+    if head is not None and not tied and is_linear(head):
         found.append(replace(_target(names[id(head)], head), role="head"))
     return found
 
 
 def _by_pattern(model: PreTrainedModel, target: str) -> list[Target]:
     known = {t.name: t for t in _block_targets(model)}
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     names = [name for name in linear if fnmatch.fnmatchcase(name, target)]
     if not names:
         near = difflib.get_close_matches(target, linear, n=3, cutoff=0.3) or list(linear)[:3]
@@ -195,14 +204,6 @@ def _by_pattern(model: PreTrainedModel, target: str) -> list[Target]:
                 "factored alone; leave it out of the pattern"
             )
     return [known.get(name) or _target(name, linear[name]) for name in names]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # By exact class: subclasses (quantised or adapted layers) hold something else than a matrix.
-    if type(module) not in (nn.Linear, Conv1D):
-        return False
-    weight = dense_weight(module)
-    return weight.is_floating_point() and not is_quantized(weight)
 
 
 def _target(name: str, module: nn.Module) -> Target:
@@ -242,6 +243,7 @@ def states_and_head(
         return found
 
     ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
+    check_causal(model)
     model.eval()
     wanted = forward(model, input_ids=ids, use_cache=False).logits
     short = (
@@ -267,7 +269,7 @@ def _block_targets(model: PreTrainedModel) -> list[Target]:
     for block_name, index, block in blocks(model):
         siblings: dict[str, list[Target]] = defaultdict(list)
         for name, module in block.named_modules(prefix=block_name):
-            if not _is_linear(module):
+            if not is_linear(module):
                 continue
             target = replace(_target(name, module), layer=index)
             inner = name.removeprefix(block_name)
@@ -302,4 +304,4 @@ def _pair(group: list[Target], width: int) -> list[Target]:
 
 
 def _example(model: PreTrainedModel) -> str:
-    return next((n for n, m in model.named_modules() if _is_linear(m)), "*.fc1")
+    return next((n for n, m in model.named_modules() if is_linear(m)), "*.fc1")

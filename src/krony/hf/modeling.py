@@ -183,7 +183,9 @@ def build_layer(
     ]
     (m, n) = matrix.shape
     if matrix.embedding:
-        return KroneckerEmbedding(m, n, groups)
+        embedding = KroneckerEmbedding(m, n, groups)
+        embedding.scale = matrix.scale
+        return embedding
     layer = KroneckerLinear(n, m, groups, matrix.bias, **where)
     layer.keeps_formed = matrix.keeps_formed
     return layer

@@ -1,6 +1,7 @@
 """Plan: which matrix gets which factors. Frozen, JSON both ways, no choices left to apply."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -10,13 +11,14 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
-from krony.hf.families import Target, find_targets
+from krony.hf.families import Target, find_targets, left_out
 from krony.hf.strict import (
     array,
     boolean,
     choice,
     integer,
     mapping,
+    number,
     parse_json,
     read_json,
     string,
@@ -39,6 +41,7 @@ class MatrixPlan:
         tied: an embedding that is the output matrix too, whose factors both uses share.
         dense_shape: (m, n) before hidden units of its MLP were taken out; None: all are there.
         parts: how many hidden axes its rows are, one below the other (gate and up fused: two).
+        scale: what an embedding multiplies its rows by (Gemma's: the root of the width).
     """
 
     name: str
@@ -51,6 +54,7 @@ class MatrixPlan:
     tied: bool = False
     dense_shape: Shape | None = None
     parts: int = 1
+    scale: float = 1.0
 
     @property
     def narrowed(self) -> bool:
@@ -233,6 +237,8 @@ def _entry(matrix: MatrixPlan) -> dict[str, Any]:
     entry = asdict(matrix)
     if not matrix.narrowed:
         del entry["dense_shape"], entry["parts"]
+    if matrix.scale == 1:
+        del entry["scale"]
     return entry
 
 
@@ -249,6 +255,7 @@ def matrix_plan(target: Target, groups: tuple[Factors, ...], scalars: bool = Fal
         target.tied,
         target.dense_shape,
         target.parts if target.dense_shape else 1,
+        target.scale,
     )
 
 
@@ -272,6 +279,7 @@ def _matrix(data: Any, name: str) -> MatrixPlan:
         tied=boolean(entry.get("tied", False), f"tied of {name}"),
         dense_shape=None if dense is None else _pair(dense, f"the dense shape of {name}"),
         parts=integer(entry.get("parts", 1), f"parts of {name}"),
+        scale=number(entry.get("scale", 1.0), f"the scale of {name}"),
     )
 
 
@@ -342,6 +350,8 @@ def make_plan(
         except KronyError as error:
             raise KronyError(f"{found.name}: {error}") from error
         matrices.append(matrix_plan(found, (factors,), scalars))
+    if rest := left_out(model):
+        warnings.warn(rest, stacklevel=2)
     return Plan(tuple(matrices))
 
 

@@ -90,6 +90,13 @@ def integer(value: Any, name: str, least: int = 1, most: int = 2**31 - 1) -> int
     return value
 
 
+def number(value: Any, name: str) -> float:
+    """A finite number. Raises `KronyError` that names it."""
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise KronyError(f"{name} is {shown(value)}, and must be a finite number")
+    return float(value)
+
+
 def boolean(value: Any, name: str) -> bool:
     """true or false. Raises `KronyError` that names it."""
     if type(value) is not bool:

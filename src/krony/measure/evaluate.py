@@ -1,7 +1,8 @@
-"""Perplexity, with its protocol written down. Knows nothing of Kronecker products."""
+"""Perplexity, with its protocol written down."""
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
+from krony.hf import families
+from krony.hf.modeling import config_of
+from krony.text import tokens as tokens_of
 from krony.text.data import Text
 
 # Bytes of float32 logits held at a time: on a CPU larger buffers are slower (fresh pages), on a GPU
@@ -33,6 +37,7 @@ class Perplexity:
         nats: mean loss in nats a token.
         tokens: length of the text.
         predicted: tokens that were predicted.
+        seen: "calibration" or "healing", if the model was made on this very text.
     """
 
     data: str
@@ -48,31 +53,41 @@ class Perplexity:
     chunk_mean: float | None
     dtype: str
     seconds: float
+    seen: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return asdict(self)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
-    """The token ids of the whole text, (T,), without special tokens."""
-    # verbose: the tokenizer would warn of a text longer than the model; windows are cut later.
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str = "auto") -> Tensor:
+    """The token ids of the whole text, (T,); in front BOS, where `tokens.bos_of` has one."""
+    first = tokens_of.bos_of(tokenizer, bos)
+    ids = tokens_of.encode_text(tokenizer, text.text)
+    return torch.tensor(ids if first is None else [first, *ids], dtype=torch.long)
 
 
 def context_length(model: PreTrainedModel) -> int:
     """The longest window the model was made for, 1024 where it does not say."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1024
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length", "context_length"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return 1024
 
 
-def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first predicted token, end) of each window; every token is predicted once at most."""
+def windows(
+    tokens: int, window: int, stride: int, behind: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """(begin, first predicted token, end) of each window; every token is predicted once at most.
+
+    The first `behind` tokens of a window have nothing to be predicted from; none behind BOS.
+    """
     previous = 0
     for begin in range(0, max(tokens, 1), stride):
         end = min(begin + window, tokens)
-        first = max(previous, begin + 1)
+        first = max(previous, begin + behind)
         if end > first:
             yield begin, first, end
         previous = end
@@ -88,18 +103,22 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    bos: int | None = None,
 ) -> Perplexity:
     """Token-weighted perplexity of a causal language model on one long text.
 
     Args:
         ids: token ids of the text, (T,).
-        text: for the record only.
+        text: for the record, and to say whether the model was made or healed on it.
         window: tokens the model sees at once; default 1024, or its context if that is shorter.
         stride: tokens from one window to the next; default: the window.
         progress: called with (windows done, windows in all).
+        bos: the token that every window starts with, within its length; None: no such token. One in
+            front of `ids` is taken for it.
     Raises:
-        KronyError: a window below 2 or beyond the model's context, a stride outside 1 to window,
-            a text shorter than one window, or a loss that is not finite.
+        KronyError: an encoder, a token beyond the embedding, a window below 2 or beyond the
+            model's context, a stride outside 1 to window, a text shorter than one window, or a loss
+            that is not finite.
     Source: Krony-PT, section IV-B, whose code takes disjoint windows of 1,024 tokens.
     """
     longest = context_length(model)
@@ -111,20 +130,28 @@ def perplexity(
         raise KronyError(
             f"a stride of {stride} tokens can't be: it goes from 1 to the window, {window}"
         )
+    count = len(ids)
+    if bos is not None:
+        ids = ids[1:] if len(ids) and int(ids[0]) == bos else ids
+        window, stride = window - 1, max(1, stride - (stride == window))
     if len(ids) < window:
         raise KronyError(
             f"the text has {len(ids)} tokens, fewer than one window of {window}; give a longer "
             "text or a smaller --window"
         )
-    spans = list(windows(len(ids), window, stride))
+    name = text.name if text else "the text"
+    tokens_of.check_ids([int(ids.max())], families.rows(model), None, name)
+    families.check_causal(model)
+    behind = int(bos is None)
+    spans = list(windows(len(ids), window, stride, behind))
     batch = max(1, _tokens_at_once(model) // window)
     started, sums, counts = time.perf_counter(), [], []
     for start in range(0, len(spans), batch):
         part = spans[start : start + batch]
         for length in sorted({end - begin for begin, _, end in part}, reverse=True):
             same = [span for span in part if span[2] - span[0] == length]
-            for loss, span in zip(_losses(model, ids, same), same, strict=True):
-                kept = loss[span[1] - span[0] - 1 :]
+            for loss, span in zip(_losses(model, ids, same, bos), same, strict=True):
+                kept = loss[span[1] - span[0] - behind :]
                 sums.append(float(kept.double().sum()))
                 counts.append(len(kept))
         if progress is not None:
@@ -137,14 +164,15 @@ def perplexity(
             "damaged; try --dtype float32"
         )
     disjoint = stride == window
+    seen = _seen(model, text)
     means = [s / c for s, c in zip(sums, counts, strict=True)]
     return Perplexity(
         data=text.name if text else "tokens",
         origin=text.origin if text else "",
-        protocol="krony-pt" if disjoint else "sliding",
-        window=window,
+        protocol=("krony-pt" if disjoint else "sliding") + ("" if bos is None else " with BOS"),
+        window=window + (bos is not None),
         stride=stride,
-        tokens=len(ids),
+        tokens=count,
         predicted=predicted,
         windows=len(spans),
         nats=nats,
@@ -152,7 +180,26 @@ def perplexity(
         chunk_mean=_exp(math.fsum(means) / len(means)) if disjoint else None,
         dtype=str(model.dtype).removeprefix("torch."),
         seconds=time.perf_counter() - started,
+        seen=seen,
     )
+
+
+def _seen(model: PreTrainedModel, text: Text | None) -> str | None:
+    """What the model was made on, if it was this text; also said in a warning."""
+    config = config_of(model)
+    if config is None or text is None:
+        return None
+    for record in config.provenance.get("texts", []):
+        same = bool(text.sha256) and record.get("sha256") == text.sha256
+        if same or record.get("origin") == text.origin:
+            use = str(record.get("use"))
+            warnings.warn(
+                f"{text.name} is the text of the {use} of this model: what is measured on it says "
+                "little about other texts",
+                stacklevel=3,
+            )
+            return use
+    return None
 
 
 def _tokens_at_once(model: PreTrainedModel) -> int:
@@ -165,9 +212,15 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def _losses(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
-    """Loss of every token after the first in windows of one length: (windows, length - 1)."""
-    rows = torch.stack([ids[begin:end] for begin, _, end in spans]).to(model.device)
+def _losses(
+    model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int, int]], bos: int | None
+) -> Tensor:
+    """Loss of every token after the first in windows of one length: (windows, length - 1), or
+    (windows, length) behind BOS."""
+    rows = torch.stack([ids[begin:end] for begin, _, end in spans])
+    if bos is not None:
+        rows = F.pad(rows, (1, 0), value=bos)
+    rows = rows.to(model.device)
     logits = model(input_ids=rows, use_cache=False).logits.float()
     # The last position has no label; a slice of the logits would copy all of them.
     labels = F.pad(rows[:, 1:], (0, 1), value=-100)
@@ -194,7 +247,11 @@ class LastWord:
 
 @torch.inference_mode()
 def last_word(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str],
+    name: str,
+    bos: str = "auto",
 ) -> LastWord:
     """Accuracy and perplexity of the last word of every passage, given the rest of the passage.
 
@@ -202,6 +259,7 @@ def last_word(
 
     Args:
         name: of the passages, for the record only.
+        bos: what stands in front, see `tokens.bos_of`.
     Raises:
         KronyError: no passages, or one of a single word.
     Source: Paperno et al. 2016; the cut is that of OpenAI's version of the test set.
@@ -209,12 +267,16 @@ def last_word(
     pairs = [passage.strip().rpartition(" ") for passage in passages]
     if not pairs or not all(context for context, _, _ in pairs):
         raise KronyError(f"{name} has no passages, or one of a single word; give whole passages")
+    families.check_causal(model)
     contexts, words = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens_of.encode(tokenizer, part)
         for part in ([c for c, _, _ in pairs], [f" {w}" for _, _, w in pairs])
     )
-    longest = context_length(model)
-    rows = [(c + w)[-longest:] for c, w in zip(contexts, words, strict=True)]
+    first = tokens_of.bos_of(tokenizer, bos)
+    front = [] if first is None else [first]
+    longest = context_length(model) - len(front)
+    rows = [front + (c + w)[-longest:] for c, w in zip(contexts, words, strict=True)]
+    tokens_of.check_ids((max(row) for row in rows), families.rows(model), tokenizer, name)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     room, sums, right, start = _tokens_at_once(model), list[float](), 0, 0
     while start < len(order):
@@ -256,6 +318,7 @@ def generate(
     room = context_length(model) - ids.shape[1]
     if ids.shape[1] == 0:
         raise KronyError("the prompt is empty; give at least one word")
+    tokens_of.check_ids(ids[0].tolist(), families.rows(model), tokenizer, "the prompt")
     if not 1 <= max_new_tokens <= room:
         raise KronyError(
             f"{max_new_tokens} new tokens can't be: after a prompt of {ids.shape[1]} tokens the "

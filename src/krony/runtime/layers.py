@@ -406,6 +406,7 @@ class KroneckerEmbedding(_Sum):
     """
 
     output: type[KroneckerLinear] = KroneckerLinear  # the class of a tied output matrix
+    plain, scale = nn.Embedding, 1.0  # the class it stands for; what that multiplies rows by
 
     def __init__(
         self,
@@ -442,7 +443,7 @@ class KroneckerEmbedding(_Sum):
         y: Tensor = first.rows(ids)  # type: ignore[operator]
         for group in others:
             y = y + group.rows(ids)  # type: ignore[operator]
-        return y
+        return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype)
 
     def extra_repr(self) -> str:
         return f"tokens={self.num_embeddings}, model={self.embedding_dim}"

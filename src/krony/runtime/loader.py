@@ -8,7 +8,7 @@ Registering a `HfQuantizer` makes `AutoModelForCausalLM.from_pretrained` put the
 the meta device and load the factors into them, for every architecture, dtype, device map and
 sharding. `config.json` says which: `quantization_config` holds
     plan            {"matrices": [{name, shape, groups: [{large, small, terms, layout,
-                    interpolative}], scalars, bias, conv1d, embedding, dense_shape, parts}]}
+                    interpolative}], scalars, bias, conv1d, embedding, dense_shape, parts, scale}]}
     quantised       {"to", "matrices": [{name, shape, group, bias, conv1d}], "kept"}, or nothing
 """
 
@@ -216,7 +216,9 @@ def build_layer(
         form = group["terms"], group["layout"], entry["scalars"], group.get("interpolative", False)
         groups.append(KroneckerGroup(large, small, *form, **where))
     if entry.get("embedding"):
-        return KroneckerEmbedding(m, n, groups)
+        embedding = KroneckerEmbedding(m, n, groups)
+        embedding.scale = entry.get("scale", 1.0)
+        return embedding
     return KroneckerLinear(n, m, groups, entry["bias"], **where)
 
 
@@ -271,11 +273,11 @@ def install(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
     Tied factors are tied as transformers ties weights, parameter by parameter, so that they are
     one in memory and in the file.
     """
-    before = getattr(model.get_submodule(name), "padding_idx", None)
+    before: Any = model.get_submodule(name)
     model.set_submodule(name, layer)
     if not isinstance(layer, KroneckerEmbedding):
         return
-    layer.padding_idx = before
+    layer.padding_idx, layer.plain = before.padding_idx, type(before)
     tied: dict[str, str] = {}
     for target, source in model.all_tied_weights_keys.items():
         if source == f"{name}.weight":
@@ -306,8 +308,10 @@ def unfold_embedding(
 ) -> None:
     """The ordinary embedding again, and the ordinary output matrix tied to it."""
     weight = nn.Parameter(_rounded(layer, dtype))
-    with torch.device("meta"):
-        dense = nn.Embedding(weight.shape[0], weight.shape[1], layer.padding_idx)
+    # Of one row, so that it takes no memory; a model's own class has a scale.
+    scale: Any = {} if layer.plain is nn.Embedding else {"embed_scale": layer.scale}
+    dense = layer.plain(1, weight.shape[1], None, **scale)
+    dense.num_embeddings, dense.padding_idx = weight.shape[0], layer.padding_idx
     dense.weight = weight
     model.set_submodule(name, dense)
     for head in tied_to(model, name):

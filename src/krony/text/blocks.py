@@ -4,9 +4,8 @@ A block is a row {"input_ids": [window ids]}. Documents are tokenised one by one
 the end-of-text token, joined and cut; the tail of each batch of a thousand documents is dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.errors import KronyError
-from krony.text import data, docstrings
+from krony.text import data, docstrings, files, sources, tokens
 
 DOCUMENTS = 1000  # tokenised and joined at a time
 PIECE = 1_000_000  # characters; longer documents are tokenised in pieces, cut at line ends
@@ -40,44 +39,49 @@ CORPORA = {
     "wikitext103": Corpus("Salesforce/wikitext", "wikitext-103-v1"),
     "wikitext2": Corpus("Salesforce/wikitext", "wikitext-2-v1"),
 }
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".xz", ".gz", ".zst", ".bz2")
 
 
 def load_blocks(
-    sources: list[str],
+    names: list[str],
     tokenizer: PreTrainedTokenizerBase,
     window: int,
     *,
     streaming: bool = False,
     seed: int = 0,
+    bos: str = "auto",
+    vocabulary: int | None = None,
 ) -> Blocks:
     """Packed blocks of the given texts, in an order that depends on the seed only.
 
     Args:
-        sources: each "python-docstrings", "openwebtext", "wikitext103", "wikitext2" (training
-            sets), a .txt, .jsonl or .parquet file (also compressed) with a "text" column, or the
-            name of a Hub data set with one. In a .txt, a line that is the end-of-text token ends a
-            document.
+        names: each "python-docstrings", "openwebtext", "wikitext103", "wikitext2" (training
+            sets), or what `sources.find` takes: files, folders and data sets of the Hub. In a .txt,
+            a line that is the end-of-text token ends a document.
         window: ids in a block.
         streaming: read while training, nothing stored; else everything is prepared first and
             cached by `datasets`, so that the same call is instantaneous the next time.
+        bos: whether every block starts with the token that begins a text, see `tokens.bos_of`.
+        vocabulary: rows of the model's embedding; a token beyond them is refused.
     Raises:
         KronyError: nothing found, no text in it, less than a block, or a tokenizer without an
             end-of-text token.
     """
-    if not sources:
+    if not names:
         raise KronyError("no training text was given; name at least one")
     if tokenizer.eos_token_id is None:
         raise KronyError("the tokenizer has no end-of-text token to put between documents")
     mark = str(tokenizer.eos_token)
-    parts = [pack(_documents(name, mark, streaming), tokenizer, window) for name in sources]
+    first = tokens.bos_of(tokenizer, bos)
+    parts = [
+        pack(_documents(name, mark, streaming), tokenizer, window, first, vocabulary, name)
+        for name in names
+    ]
     if streaming:
         joined: Blocks = datasets.concatenate_datasets([_as_stream(p) for p in parts])
         return joined.shuffle(seed=seed, buffer_size=SHUFFLE)
     blocks = datasets.concatenate_datasets(parts)
     if not len(blocks):
-        raise KronyError(f"{', '.join(sources)} is shorter than one block of {window} tokens")
+        raise KronyError(f"{', '.join(names)} is shorter than one block of {window} tokens")
     return blocks.shuffle(seed=seed)
 
 
@@ -99,9 +103,35 @@ def hold_out(blocks: Blocks) -> tuple[Blocks, Blocks]:
     return blocks.select(range(count, len(blocks))), blocks.select(range(count))
 
 
-def pack(documents: Blocks, tokenizer: PreTrainedTokenizerBase, window: int) -> Blocks:
-    """Documents, rows with a "text" only, to blocks of `window` token ids."""
-    end = tokenizer.eos_token_id
+def describe(name: str) -> dict[str, str]:
+    """What a model's provenance says about a training text: name, origin, SHA-256 where known."""
+    if name in CORPORA:
+        corpus = CORPORA[name]
+        origin = " ".join(filter(None, (corpus.repository, corpus.configuration, corpus.split)))
+        return {"name": name, "origin": origin, "sha256": ""}
+    if name in data.TEXTS:
+        return data.load_text(name, "train").record()
+    if name == "python-docstrings" or not sources.is_local(name):
+        return {"name": name, "origin": name, "sha256": ""}
+    source = sources.find(name)
+    return {"name": name, "origin": source.origin, "sha256": sources.digest(source) or ""}
+
+
+def pack(
+    documents: Blocks,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    bos: int | None = None,
+    vocabulary: int | None = None,
+    name: str = "the text",
+) -> Blocks:
+    """Documents, rows with a "text" only, to blocks of `window` token ids.
+
+    Args:
+        bos: the id that every block starts with; None: no such id.
+        vocabulary: rows of the embedding; `name` is what the text is called if it has more.
+    """
+    end, size = tokenizer.eos_token_id, window - (bos is not None)
 
     def join(rows: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
         pieces: list[str] = []
@@ -110,34 +140,22 @@ def pack(documents: Blocks, tokenizer: PreTrainedTokenizerBase, window: int) -> 
             cut = list(_pieces(text or ""))
             pieces += cut
             last += [i == len(cut) - 1 for i in range(len(cut))]
-        ids = (
-            tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-            if pieces
-            else []
-        )
         joined: list[int] = []
-        for row, ends in zip(ids, last, strict=True):
+        for row, ends in zip(tokens.encode(tokenizer, pieces), last, strict=True):
             joined += row
             if ends:
                 joined.append(end)
-        count = len(joined) // window
-        array = np.array(joined[: count * window], dtype=np.int32).reshape(count, window)
+        tokens.check_ids(joined, vocabulary, tokenizer, name)
+        count = len(joined) // size
+        array = np.array(joined[: count * size], dtype=np.int32).reshape(count, size)
+        if bos is not None:
+            array = np.insert(array, 0, bos, axis=1)
         return {"input_ids": list(array)}
 
     options = {} if isinstance(documents, datasets.IterableDataset) else {"desc": "Tokenising"}
     return documents.map(
         join, batched=True, batch_size=DOCUMENTS, remove_columns=["text"], **options
     )
-
-
-def _splitter(mark: str) -> Callable[[dict[str, list[Any]]], dict[str, list[str]]]:
-    """Splits whole files into documents at lines that are the end-of-text token."""
-
-    def split(rows: dict[str, list[Any]]) -> dict[str, list[str]]:
-        texts = [t for text in rows["text"] for t in f"\n{text}\n".split(f"\n{mark}\n")]
-        return {"text": [t.strip("\n") for t in texts if t.strip()]}
-
-    return split
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -153,6 +171,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _documents(name: str, mark: str, streaming: bool) -> Blocks:
     """Rows with a "text" only, a document each; `mark` is a line that separates them in a file."""
+    data.check_name(name, (*CORPORA, *data.TEXTS, "python-docstrings"))
     if name == "python-docstrings":
         # Reading every installed module takes a minute: kept by what is installed.
         return datasets.Dataset.from_generator(
@@ -160,50 +179,38 @@ def _documents(name: str, mark: str, streaming: bool) -> Blocks:
         )
     if name in data.TEXTS and name not in CORPORA:
         return datasets.Dataset.from_dict({"text": [data.load_text(name).text]})
-    suffixes = [s for s in Path(name).suffixes if s not in COMPRESSED]
-    kind = READERS.get(suffixes[-1]) if suffixes else None
-    if kind is not None or Path(name).exists():
-        return _file(name, kind, mark, streaming)
-    corpus = CORPORA.get(name, Corpus(name))
+    if name in CORPORA:
+        corpus = CORPORA[name]
+        source = sources.Source(corpus.repository, (), None, corpus.configuration, corpus.split)
+    else:
+        source = sources.find(name)
+    if not source.paths:
+        return sources.hub_rows(source, streaming)
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in source.paths]
+    kwargs = {
+        "paths": [str(path) for path in source.paths],
+        "column": source.column,
+        "mark": mark,
+        "stamp": str(stamps),  # a file that changed is read anew, not taken from the cache
+    }
     try:
-        rows = datasets.load_dataset(
-            corpus.repository, corpus.configuration, split=corpus.split, streaming=streaming
-        )
-    except Exception as error:  # datasets raises many kinds, also its network library's own
-        raise KronyError(
-            f"can't load the training text {name} ({corpus.repository}) from the Hugging Face Hub: "
-            f"it is no file, and none of {', '.join((*CORPORA, 'python-docstrings', *data.TEXTS))};"
-            " check the name and the network"
-        ) from error
-    return _with_text(rows, name)
+        return kind.from_generator(_files, gen_kwargs=kwargs)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, KronyError):
+            raise error.__cause__ from error
+        raise
+
+
+def _files(paths: list[str], column: str | None, mark: str, stamp: str) -> Iterator[dict[str, str]]:
+    for path in paths:
+        for text in files.documents(path, column, mark):
+            yield {"text": text}
 
 
 def _docstrings(installed: str) -> Iterator[dict[str, str]]:
     for text in docstrings.python_docstrings("train"):
         yield {"text": text}
-
-
-def _file(name: str, kind: str | None, mark: str, streaming: bool) -> Blocks:
-    if kind is None:
-        raise KronyError(f"{name} is no text that can be read; give a .txt, .jsonl or .parquet")
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        rows = datasets.load_dataset(
-            kind, data_files=name, split="train", streaming=streaming, **options
-        )
-        rows = _with_text(rows, name)
-    except FileNotFoundError as error:
-        raise KronyError(f"can't read the text {name}: no such file") from error
-    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, OSError) as error:
-        raise KronyError(f"can't read the text {name}: {error.__cause__ or error}") from error
-    return rows if kind != "text" else rows.map(_splitter(mark), batched=True)
-
-
-def _with_text(rows: Blocks, name: str) -> Blocks:
-    columns = rows.column_names or list(next(iter(rows), {}))
-    if "text" not in columns:
-        raise KronyError(f'{name} has no column "text", only {", ".join(columns) or "nothing"}')
-    return rows.select_columns("text")
 
 
 def _as_stream(blocks: Blocks) -> datasets.IterableDataset:
