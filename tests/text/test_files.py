@@ -57,6 +57,8 @@ def test_documents_of_plain_text_are_between_marks(tmp_path):
 def test_other_columns_are_found_or_named(tmp_path):
     (tmp_path / "x.jsonl").write_text(lines(ROWS, "content"))
     assert list(files.documents(tmp_path / "x.jsonl")) == ROWS
+    (tmp_path / "only.jsonl").write_text(json.dumps({"tale": "one"}))
+    assert list(files.documents(tmp_path / "only.jsonl")) == ["one"]
     (tmp_path / "y.jsonl").write_text(lines(ROWS, "story"))
     with pytest.raises(KronyError, match=r'line 1 of .*y\.jsonl has no column "text", only story'):
         list(files.documents(tmp_path / "y.jsonl"))
@@ -65,6 +67,12 @@ def test_other_columns_are_found_or_named(tmp_path):
     assert list(sources.documents(sources.find(f"{tmp_path}/z.parquet:story"))) == ROWS
     with pytest.raises(KronyError, match='has no column "tale", only story, n'):
         list(files.documents(tmp_path / "z.parquet", "tale"))
+
+
+def test_the_column_of_the_first_row_is_that_of_all(tmp_path):
+    (tmp_path / "x.jsonl").write_text(lines(["one"]) + lines(["two"], "content"))
+    with pytest.raises(KronyError, match=r'line 2 of .*x\.jsonl has no column "text"'):
+        list(files.documents(tmp_path / "x.jsonl"))
 
 
 BAD_ROWS = {

@@ -134,7 +134,10 @@ def _text(path: Path, column: str | None, mark: str | None) -> Iterator[str]:
 def _lines(path: Path, column: str | None, mark: str | None) -> Iterator[str]:
     for number, line in enumerate(_decoded(path), 1):
         if line.strip():
-            yield _row(_loads(line, f"line {number} of {path}"), column, f"line {number} of {path}")
+            name = f"line {number} of {path}"
+            row = _object(_loads(line, name), name)
+            column = column_of(row, column, name)  # the first row's, in all of them
+            yield _row(row, column, name)
 
 
 def _json(path: Path, column: str | None, mark: str | None) -> Iterator[str]:
@@ -148,7 +151,11 @@ def _json(path: Path, column: str | None, mark: str | None) -> Iterator[str]:
     rows = found if isinstance(found, list) else [found]
     for number, row in enumerate(rows, 1):
         name = f"entry {number} of {path}" if isinstance(found, list) else str(path)
-        yield row if isinstance(row, str) else _row(row, column, name)
+        if isinstance(row, str):
+            yield row
+            continue
+        column = column_of(_object(row, name), column, name)
+        yield _row(row, column, name)
 
 
 def _loads(line: str, name: str) -> Any:
@@ -159,10 +166,14 @@ def _loads(line: str, name: str) -> Any:
         raise KronyError(f'{name} is no JSON object with a "text": {reason}') from error
 
 
-def _row(row: Any, column: str | None, name: str) -> str:
+def _object(row: Any, name: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise KronyError(f'{name} is {_kind(row)}, and must be a JSON object with a "text"')
-    found = row[column_of(row, column, name)]
+    return row
+
+
+def _row(row: dict[str, Any], column: str, name: str) -> str:
+    found = row[column]
     if not isinstance(found, str):
         raise KronyError(f"the text in {name} is {_kind(found)}, and must be a text; leave it out")
     return found
