@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from krony.hf.checkpoints import DTYPES
 from krony.measure.runtimes import recorded
 from krony.nn.cpu import kernels as cpu_kernels
+from krony.nn.gpu.operators import MAX_TOKENS
 from krony.nn.gpu.step import Step
 from krony.nn.gpu.triton_kernels import launch
-from krony.nn.kernels import MAX_TOKENS
 from records import Record, parser
 from timing import rounds
 

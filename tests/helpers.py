@@ -96,6 +96,16 @@ def healing_inputs(folder: Path) -> Path:
     return folder
 
 
+def replicated(module):
+    """As `nn.DataParallel` does it for another device."""
+    twin = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        twin._modules[name] = child and replicated(child)
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else parameter.clone())
+    return twin
+
+
 def dense_sum(outer: Tensor, inner: Tensor) -> Tensor:
     """The oracle: Σ_r outer_r ⊗ inner_r by torch.kron, one term after the other."""
     return torch.stack([torch.kron(a, b) for a, b in zip(outer, inner, strict=True)]).sum(0)

@@ -8,6 +8,7 @@ import torch
 from helpers import dense_sum
 from krony import KroneckerGroup, KroneckerLinear
 from krony.maths import kron
+from krony.nn import dispatch
 from krony.nn.cpu import decode as cpu_decode
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.runtime.layers import fill
@@ -113,7 +114,7 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(cpu_decode.run(made, x))
+            results.append(dispatch.run(made, x))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -137,18 +138,25 @@ def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
 @compiled
 def test_what_it_leaves_to_torch():
     made, x = group((18, 20), (2, 2), 2), torch.randn(1, 40)
-    assert cpu_decode.run(made, x) is not None
+    assert dispatch.run(made, x) is not None
+    with dispatch.restricted("torch"):
+        assert dispatch.run(made, x) is None
     with torch.enable_grad():
-        assert cpu_decode.run(made, x) is None
+        assert dispatch.run(made, x) is None
+        made.requires_grad_(False)
+        assert dispatch.run(made, x) is not None
+        assert dispatch.run(made, x.clone().requires_grad_()) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu_decode.run(made, x) is None
-    assert cpu_decode.run(made, x.double()) is None
-    assert cpu_decode.run(made, x.bfloat16()) is None
+        assert dispatch.run(made, x) is None
+    assert dispatch.run(made, x.double()) is None
+    assert dispatch.run(made, x.bfloat16()) is None
+    traced = torch.jit.trace(made, x)
+    torch.testing.assert_close(traced(2 * x), 2 * made(x), rtol=1e-4, atol=1e-4)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         made(x)
     assert counter.get_total_flops() > 0
     many = group((4, 4), (300, 300), 1)
-    assert cpu_decode.run(many, torch.randn(1, 1200)) is None
+    assert dispatch.run(many, torch.randn(1, 1200)) is None
     step = torch.compile(made, backend="eager", fullgraph=True)
     torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
 
@@ -251,7 +259,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
-    assert cpu_decode.run(made, x) is None
+    assert dispatch.run(made, x) is None
     assert not cpu_kernels.has_gelu(x)
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import group_dense, tiny
+from helpers import group_dense, replicated, tiny
 from krony import (
     Factors,
     KroneckerGroup,
@@ -182,16 +182,6 @@ def test_what_has_no_numbers_keeps_none():
         assert made.formed() is None
 
 
-def replicated(module):
-    """As `nn.DataParallel` does it for another device."""
-    twin = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        twin._modules[name] = child and replicated(child)
-    for name, parameter in module._parameters.items():
-        setattr(twin, name, None if parameter is None else parameter.clone())
-    return twin
-
-
 def test_copies_have_their_own():
     made = layer()
     check(made)
@@ -228,7 +218,7 @@ def test_an_mlp_with_such_layers():
         plain = copy.deepcopy(made)
         plain.up.keeps_formed = False
         mlp.install(made)
-        assert isinstance(made, mlp.FusedMLP)
+        assert mlp.record_of(made) is not None
         for change in (lambda m: None, lambda m: m.up.groups[1].small.mul_(2)):
             for each in (made, plain):
                 change(each)

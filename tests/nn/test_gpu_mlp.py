@@ -11,9 +11,12 @@ from torch import nn
 from helpers import INTERPRETED, in_the_interpreter, launches
 from helpers import KERNEL_DEVICE as DEVICE
 from krony import KroneckerGroup, KroneckerLinear
-from krony.nn import kernels, mlp
+from krony.nn import mlp
 from krony.nn.activations import TanhGELU
+from krony.nn.explain import explain
 from krony.nn.gpu import mlp as gpu_mlp
+from krony.nn.gpu import operators
+from krony.nn.lower import LoweredMLP, lower
 
 MODEL, HIDDEN = 24, 48
 
@@ -74,13 +77,23 @@ def made(name, gated=False, bias=True, **options):
     block = nn.Sequential((Gated if gated else Gelu)(*layers)).to(DEVICE).eval()
     mlp.install(block)
     (module,) = block
-    assert isinstance(module, mlp.FusedMLP)
+    assert mlp.record_of(module) is not None
     return module
+
+
+def layers_of(module):
+    parts = mlp.record_of(module).parts
+    return [module.get_submodule(name) for name in (*parts.ups, parts.down)]
+
+
+def steps(*layers, kind=1):
+    (*ups, down) = map(lower, layers)
+    return gpu_mlp.steps(LoweredMLP(tuple(ups), kind, down))
 
 
 def oracle(module, x):
     """In float64, every matrix dense."""
-    *ups, down = (module.get_submodule(n) for n in (*module.parts.ups, module.parts.down))
+    *ups, down = layers_of(module)
     found = [
         F.linear(x.double(), u.weight.double(), u.bias if u.bias is None else u.bias.double())
         for u in ups
@@ -95,13 +108,13 @@ def oracle(module, x):
 def launched(monkeypatch):
     """How many launches there were of each kind, few tokens and many."""
     counts = {False: 0, True: 0}
-    run = kernels.run_step
+    run = operators.run_step
 
     def counting(x, step, many):
         counts[many] += 1
         return run(x, step, many)
 
-    monkeypatch.setattr(kernels, "run_step", counting)
+    monkeypatch.setattr(operators, "run_step", counting)
     return counts
 
 
@@ -132,7 +145,7 @@ def test_many_tokens(name, gated, launched):
     module = made(name, gated).half()
     x = torch.randn(70, MODEL, device=DEVICE).half()  # two blocks of them
     close(module(x), oracle(module, x), 2e-3)
-    known = gpu_mlp.steps([getattr(module, n) for n in (*module.parts.ups, module.parts.down)], 1)
+    known = steps(*layers_of(module))
     fused = [step for step in known or [] if step.kind or step.terms > 1]
     taken = all(step.takes_many for step in fused)
     assert launched[True] == (len(fused) if taken else 0)
@@ -171,9 +184,7 @@ def test_numbers_that_change_are_seen(launched):
     module.c_proj.bias = nn.Parameter(torch.ones(MODEL, device=DEVICE))
     close(module(x), oracle(module, x), 2e-6)
     assert launched[False] == 16
-    assert "_steps" in module.__dict__
-    module.train()
-    assert "_steps" not in module.__dict__
+    assert explain(module, 2)[0].backend == "triton"
 
 
 @launches
@@ -214,15 +225,15 @@ def test_compile_keeps_the_launches(tokens):
 @launches
 def test_the_operator_is_well_formed_for_torch():
     module = made("halved both ways")
-    (step, _) = gpu_mlp.steps([module.c_fc, module.c_proj], 1)
+    (step, _) = steps(module.c_fc, module.c_proj)
     x = torch.randn(2, MODEL, device=DEVICE)
     options = list(step.sides), step.small_outer, step.mix_first, step.kind, False
     arguments = (x, step.weights, step.smalls, step.biases, step.inner, *options)
     arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
-    torch.library.opcheck(kernels._step, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operators._step, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.skipif(INTERPRETED or not kernels._INSTALLED, reason="needs Triton, and no nesting")
+@pytest.mark.skipif(INTERPRETED or not operators.INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
     in_the_interpreter(__file__)
 
@@ -230,4 +241,4 @@ def test_under_the_interpreter():
 def test_a_matrix_that_is_gate_and_other_in_one_is_left_alone():
     layers = [KroneckerLinear(4, 12, [KroneckerGroup((6, 4), (2, 1))]), nn.Linear(6, 4)]
     pytest.importorskip("triton")
-    assert gpu_mlp.steps(layers, 2) is None
+    assert steps(*layers, kind=2) is None

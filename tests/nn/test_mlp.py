@@ -1,7 +1,11 @@
 """Factored MLPs at once on a CPU, against the modules that they stand for."""
 
 import copy
+import gc
+import io
+import weakref
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -11,10 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.pytorch_utils import Conv1D
 
+from helpers import replicated
 from krony import KroneckerGroup, KroneckerLinear
-from krony.nn import activations, mlp, tensor_rank
+from krony.nn import activations, lower, mlp
+from krony.nn.cpu import fewer
 from krony.nn.cpu import kernels as cpu_kernels
-from krony.nn.cpu import tiles as cpu_tiles
+from krony.nn.explain import explain
 
 pytestmark = pytest.mark.skipif(cpu_kernels.library() is None, reason="needs a C compiler")
 MODEL, HIDDEN = 48, 144
@@ -108,12 +114,14 @@ def close(found, wanted):
 @pytest.mark.parametrize("make", [gpt2, llama, phi3])
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypatch):
-    monkeypatch.setattr(tensor_rank, "_summing", lambda dtype: 1)  # also for these few tokens
+    # Also for these few tokens.
+    monkeypatch.setattr(fewer, "SUMMING", {True: (1, 1), False: (1, 1)})
+    monkeypatch.setattr(fewer, "SUMMING_WITH_TILES", 1)
     module = make(pair, bias, layout).to(dtype)
     plain = copy.deepcopy(module)
     narrowed = [name for name, x in module.named_children() if isinstance(x, Conv1D)]
     mlp.install(module, narrowed)
-    assert isinstance(module, mlp.FusedMLP)
+    assert mlp.record_of(module) is not None
     for shape in ((1, 1), (2, 1), (1, 5), (32,), (2, 40), (0,)):
         x = torch.randn(*shape, MODEL).to(dtype)
         wanted = plain(x)
@@ -191,7 +199,7 @@ def test_changes_are_seen():
     def check():
         plain = copy.deepcopy(module)
         mlp.restore(plain)
-        assert type(plain) is GPT2MLP
+        assert "forward" not in plain.__dict__
         for tokens in (1, 60):
             x = torch.randn(tokens, MODEL, dtype=module.c_fc.bias.dtype)
             close(module(x), plain(x))
@@ -226,13 +234,61 @@ def test_changes_are_seen():
 def test_classes_and_names_stay():
     module = llama()
     mlp.install(module)
-    assert isinstance(module, LlamaMLP)
-    assert type(module).__name__ == "LlamaMLP"
+    assert type(module) is LlamaMLP
     before = list(module.state_dict())
     mlp.install(module)
     assert list(module.state_dict()) == before
     mlp.restore(module)
-    assert type(module) is LlamaMLP
+    assert mlp.record_of(module) is None
+    assert "forward" not in module.__dict__
+
+
+def test_a_module_is_copied_pickled_and_replicated_whole():
+    module = gpt2()
+    mlp.install(module)
+    x = torch.randn(1, MODEL)
+    wanted = module(x)
+    twin = copy.deepcopy(module)
+    assert explain(twin)[0].backend == "decode"
+    module.c_fc.bias.add_(1)
+    assert torch.equal(twin(x), wanted)
+    stream = io.BytesIO()
+    torch.save(twin, stream)
+    stream.seek(0)
+    close(torch.load(stream, weights_only=False)(x), wanted)
+    # As nn.DataParallel makes one for another device: with parameters of its own.
+    replica = replicated(twin)
+    for group in (replica.c_fc.groups[0], replica.c_proj.groups[0]):
+        group.small *= 2
+    assert not torch.allclose(replica(x), wanted)
+    assert torch.equal(twin(x), wanted)
+
+
+def test_hooks_of_accelerate_are_kept_whatever_came_first():
+    x = torch.randn(1, MODEL)
+    for first in ("hook", "install"):
+        module, seen = gpt2(), []
+
+        class Hook(accelerate.hooks.ModelHook):
+            def pre_forward(self, module, *args, seen=seen, **kwargs):
+                seen.append(1)
+                return args, kwargs
+
+        wanted = module(x)
+        if first == "hook":
+            accelerate.hooks.add_hook_to_module(module, Hook())
+        mlp.install(module)
+        if first == "install":
+            accelerate.hooks.add_hook_to_module(module, Hook())
+        close(module(x), wanted)
+        assert seen == [1]
+        assert explain(module)[0].backend == "decode"
+        mlp.restore(module)
+        close(module(x), wanted)
+        assert seen == [1, 1]
+        accelerate.hooks.remove_hook_from_module(module)
+        close(module(x), wanted)
+        assert seen == [1, 1]
 
 
 class Doubled(nn.Module):
@@ -266,7 +322,9 @@ def test_what_only_looks_like_an_mlp_stays_what_it_is(kind):
     for tokens in (1, 60):
         x = torch.randn(tokens, MODEL)
         assert torch.equal(module(x), plain(x))
-    assert module.right is False
+    (row, *_) = explain(module)
+    assert row.backend == "torch"
+    assert {why for _, why in row.why_not} == {"it computes something else than its parts make up"}
 
 
 def test_others_are_let_alone():
@@ -277,7 +335,7 @@ def test_others_are_let_alone():
     erf.act = nn.GELU()
     model = nn.ModuleList([dense, more, erf])
     mlp.install(model)
-    assert [type(module) for module in model] == [GPT2MLP] * 3
+    assert not any(map(mlp.record_of, model))
 
 
 LAYOUTS = ("small-outer", "large-outer")
@@ -308,17 +366,11 @@ def test_what_goes_through_the_tile_unit(pair, layouts, make, layout, monkeypatc
     module = make(pair, True, layout).bfloat16()
     plain = copy.deepcopy(module)
     mlp.install(module)
-    results = []
-    run = cpu_tiles.Tiles.run
-    monkeypatch.setattr(
-        cpu_tiles.Tiles, "run", lambda self, xs: results.append(run(self, xs)) or results[-1]
-    )
     for shape in ((9,), (2, 40), (3, 70)):
         x = torch.randn(*shape, 64).bfloat16()
-        wanted = plain(x)
-        results.clear()
-        close(module(x), wanted)
-        assert any(result is not None for result in results) == (layout in layouts)
+        close(module(x), plain(x))
+        (row, *_) = explain(module, x.shape[:-1].numel())
+        assert (row.backend == "tiles") == (layout in layouts)
 
 
 @pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
@@ -327,22 +379,25 @@ def test_the_tile_unit_sees_what_changes(pair, monkeypatch):
     monkeypatch.setattr(f"{__name__}.MODEL", 64)
     monkeypatch.setattr(f"{__name__}.HIDDEN", 192)
     module = gpt2(pair).bfloat16()
-    original = type(module)
     mlp.install(module)
     x = torch.randn(40, 64).bfloat16()
 
+    def kept():
+        return lower.keep_mlp(module, mlp.record_of(module).parts)
+
     def right(module=module, x=x):
         found = module(x)
-        close(found, original.forward(module, x))
+        close(found, type(module).forward(module, x))
         return found
 
     def taken():
-        kept = module.__dict__["_tiled"]
+        before = kept()
         right()
-        return module.__dict__["_tiled"] is kept
+        return kept() is before
 
     before = right()
     assert taken()
+    assert explain(module, 40)[0].backend == "tiles"
     changes = {
         "bias": lambda: module.c_fc.bias.add_(1),
         "last bias": lambda: module.c_proj.bias.mul_(2),
@@ -359,30 +414,29 @@ def test_the_tile_unit_sees_what_changes(pair, monkeypatch):
         "another layer": lambda: setattr(module, "c_fc", copy.deepcopy(module.c_fc)),
     }
     for change in changes.values():
+        old = kept()
         change()
-        assert not taken()
+        assert kept() is not old
+        right()
         assert taken()
     assert not torch.equal(right(), before)
     twin = copy.deepcopy(module)
     twin.c_fc.bias.zero_()
     right(twin)
     assert taken()
-    module.float()
-    assert "_tiled" not in module.__dict__
-    right(x=x.float())
-    module.bfloat16()
-    right()
-    module.train().eval()
-    assert "_tiled" not in module.__dict__
-    right()
+    for change in (module.float, module.train):  # what was made of the factors takes no memory then
+        made = weakref.ref(kept().lowered)
+        change()
+        gc.collect()
+        assert made() is None
+        module.bfloat16().eval()
+        right()
     seen = []
     handle = module.c_fc.groups[0].large.register_forward_hook(lambda *of: seen.append(of))
     right()
     assert seen
     handle.remove()
     right()
-    mlp.restore(module)
-    assert "_tiled" not in module.__dict__
 
 
 @pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="needs a tile unit")
@@ -393,9 +447,9 @@ def test_w_that_is_kept_goes_through_the_tile_unit():
     for layer in (module.c_fc, module.c_proj):
         layer.keeps_formed = True
     wanted = module(x)
-    assert module.__dict__["_tiled"].run(x, x.shape[:1]) is not None
+    assert explain(module, 40)[0].backend == "tiles"
     assert module.c_fc.formed() is not None
     module.c_fc.groups[0].small.mul_(-1)
     found = module(x)
-    close(found, type(module).original.forward(module, x))
+    close(found, type(module).forward(module, x))
     assert not torch.equal(found, wanted)

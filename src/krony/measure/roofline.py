@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.nn.watched import can_keep
+from krony.nn.lower import can_keep
 from krony.runtime.layers import multiply_adds
 
 # Far beyond any cache, so that the memory itself is read.

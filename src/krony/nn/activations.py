@@ -11,6 +11,15 @@ from krony.nn.cpu import kernels as cpu_kernels
 _CHAINS = (activations.NewGELUActivation, activations.FastGELUActivation)
 
 
+def kind_of(module: nn.Module | None) -> int | None:
+    """Which activation of hidden.c a module is."""
+    if isinstance(module, TanhGELU | activations.GELUTanh):
+        return cpu_kernels.TANH_GELU
+    if type(module) is nn.GELU and module.approximate == "tanh":
+        return cpu_kernels.TANH_GELU
+    return cpu_kernels.SILU if isinstance(module, nn.SiLU | activations.SiLUActivation) else None
+
+
 class TanhGELU(nn.GELU):
     """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) in one kernel, ours on a CPU, else torch's.
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from krony.errors import KronyError
 from krony.maths import kron
 from krony.maths.shapes import Layout, Shape, check_factors, check_scalars
-from krony.nn import kernels, products
+from krony.nn import dispatch, lower, products
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.packing import is_weight_only
-from krony.nn.watched import Formed, can_keep
 from krony.runtime import layers as plain
 from krony.runtime.layers import is_hooked
 
@@ -99,16 +98,18 @@ class KroneckerGroup(plain.KroneckerGroup):
         large: Any = self.large
         return type(large) is nn.Linear and is_weight_only(large.weight) and not is_hooked(large)
 
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        lower.forget(self)  # what was made is of the dtype and the device that were
+        return super()._apply(*arguments, **options)
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        made = kernels.run_many(self, x, bias) if self.terms > 1 else None
+        """x Wᵀ + bias (m,), by the kernel that takes it."""
+        made = dispatch.run(self, x, bias)
         return super().forward(x, bias) if made is None else made
 
     def factored(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias (m,) by the factors, whatever the number of tokens."""
-        plain = self.is_plain
-        if plain and (made := kernels.run(self, x)) is not None:
-            return made if bias is None else products.add(made, bias)
-        large = self.large.weight if plain else self.large
+        large = self.large.weight if self.is_plain else self.large
         shapes = (self.large_shape, self.layout, self.mix_first)
         return products.apply(x, self.scaled_small, large, *shapes, bias)
 
@@ -143,29 +144,19 @@ class KroneckerLinear(plain.KroneckerLinear):
         multiply-adds of W, for every token. It is made anew when a factor changes, and left to the
         factors in training, under autograd, tracing or hooks.
         """
-        if not self.keeps_formed or self.training:
-            return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        kept: Formed | None = self.__dict__.get("_formed")
-        if kept is None or not kept.is_of(self) or not kept.unchanged():
-            self.__dict__["_formed"] = None  # what it was goes first
-            if not can_keep(self):
-                return None
-            kept = self.__dict__["_formed"] = Formed(self)
-        return kept.weight
+        return lower.formed(self)
 
     def train(self, mode: bool = True) -> "KroneckerLinear":
         if mode:  # no memory for what is not used; .eval() again is no reason to form it again
-            self.__dict__.pop("_formed", None)
+            lower.forget(self)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self.__dict__.pop("_formed", None)  # it is of the dtype and the device that were
+        lower.forget(self)  # it is of the dtype and the device that were
         return super()._apply(*arguments, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        made = kernels.run_layer(self, x)
+        made = dispatch.run(self, x)
         if made is None and (weight := self.formed()) is not None:
             y = products.project(x.reshape(-1, self.in_features), weight, self.bias)
             made = y.reshape(*x.shape[:-1], self.out_features)

@@ -9,7 +9,6 @@ dense matrix m2·n2: as in fast matrix multiplication (Strassen 1969). Four term
 factors take five instead of twelve, and nine when dense.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +16,12 @@ import torch
 from torch import Tensor
 
 from krony.maths.shapes import Layout, Shape
-from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.products import Route, mix
-from krony.runtime.layers import FORMING, multiply_adds
 
-MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
 SEEDS, ITERATIONS, PATIENCE = 8, 100, 20
 EXACT = 1e-9  # relative error, float64
 # Norm of the terms over that of their sum: what rounding is magnified by.
 MOST_CANCELLATION = 3.0
-# Multiply-adds that a product could do for each entry of a sum of large factors while that is made,
-# in float32 and in 16 bits: in hidden.c, and by torch. Of bfloat16 a tile unit does many more.
-SUMMING = {True: (30, 50), False: (80, 320)}
-SUMMING_WITH_TILES = 450
 
 
 @dataclass(frozen=True)
@@ -151,69 +143,3 @@ def route(
     (m1, n1), shape = large_shape, (len(found.u), len(found.v))
     summed_up = summed(found, weight, large_shape, mix_first)
     return Route((shape[0], m1, shape[1], n1), layout, summed_up, found.v.T, found.u, apart=True)
-
-
-def run(group: Any, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """The product of a `KroneckerGroup` with tokens (..., n), or None where this is no help: see
-    `decomposition`; nor for factors that are not plain ones on the CPU, nor in autocast, nor while
-    operations are counted."""
-    tokens = x.numel() // x.shape[-1]
-    if not _may_help(group, tokens, x.dtype):
-        return None
-    weight = group.large.weight
-    if not cpu_kernels.as_they_are(x, group.small, weight) or not group.is_plain:
-        return None
-    found = decomposition(group, tokens, x.dtype)
-    if found is None:
-        return None
-    return route(found, weight, group.large_shape, group.layout, group.mix_first).apply(x, bias)
-
-
-def _products(group: Any) -> float:
-    """Products of the large factor's size that a token takes by the terms."""
-    (m1, n1), (m2, n2) = group.large_shape, group.small_shape
-    return multiply_adds((m1, n1), (m2, n2), group.terms, group.mix_first) / (m1 * n1)
-
-
-def _may_help(group: Any, tokens: int, dtype: torch.dtype) -> bool:
-    """Without looking at the factors: sums of small ones, no autograd, no tracing, many tokens."""
-    (m2, n2), narrow = group.small_shape, dtype.itemsize == 2
-    if min(m2, n2) < 2 or m2 * n2 > MOST_ENTRIES or torch.compiler.is_compiling():
-        return False
-    # As if nothing were left to do.
-    return not torch.is_grad_enabled() and tokens * _products(group) >= SUMMING[True][narrow]
-
-
-def _summing(dtype: torch.dtype) -> float:
-    """`SUMMING` here, for a dtype; the first call compiles."""
-    in_c = dtype in cpu_kernels.NAMES and cpu_kernels.library() is not None
-    if dtype == torch.bfloat16 and "amx_bf16" in cpu_kernels.processor():
-        return SUMMING_WITH_TILES if in_c else math.inf
-    return SUMMING[in_c][dtype.itemsize == 2]
-
-
-def decomposition(group: Any, tokens: int, dtype: torch.dtype) -> Decomposition | None:
-    """That of a `KroneckerGroup`, where it helps for so many tokens on a CPU.
-
-    It helps outside of autograd and tracing, for so many tokens that the sums of large factors are
-    paid for. It is found at the first such call, and kept with the group while its small factors
-    stay the same.
-    """
-    if group.terms == 1 or not _may_help(group, tokens, dtype):
-        return None
-    m2, n2 = group.small_shape
-    # By the terms, or formed; each in products of the large factor's size.
-    now = min(_products(group) * tokens, m2 * n2 * (tokens + group.terms + FORMING))
-    summing = _summing(dtype)  # asked last, since it compiles
-    if now < summing:
-        return None
-    small = group.scaled_small
-    known = group.__dict__.get("_products")
-    if known is None or known[0].dtype != small.dtype or not torch.equal(known[0], small):
-        found = decompose(small)
-        known = (small.clone(), found and found.to(dtype))
-        group.__dict__["_products"] = known
-    result: Decomposition | None = known[1]
-    if result is None or now < result.products * (tokens + summing):
-        return None
-    return result

@@ -5,39 +5,20 @@ it can: what the C code must know is put together once, and kept as long as it h
 """
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.cpu.kernels import FLAG, POINTER, SIZE
-from krony.nn.watched import Watched
-from krony.runtime.layers import KroneckerGroup, KroneckerLinear, is_hooked, is_plain_linear
+from krony.nn.lower import Lowered, LoweredGroup, LoweredMLP, stray
 
 # Beyond so many rows that meet the large factor (tokens times slices), products of BLAS are faster,
 # those of bfloat16 sooner: they have instructions of their own.
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 # Of small factors, which are applied in plain loops.
 MOST_ENTRIES = 2**16
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The names of an MLP's children.
-
-    Attributes:
-        ups: the matrix that writes the hidden axis, or gate and up. One that writes twice the axis
-            that `down` reads is both, the gate first.
-        activation: the module. kind: which of `cpu_kernels`.
-    """
-
-    ups: tuple[str, ...]
-    activation: str
-    down: str
-    kind: int
 
 
 class _Group(ctypes.Structure):
@@ -61,165 +42,77 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-class Prepared(Watched):
-    """A layer or an MLP as decode.c wants it, for as long as `fits`.
+def can_take(lowered: Lowered | LoweredMLP, request: Any) -> str | None:
+    """Why decode.c does not take it, or None: plain numbers of one dtype that is compiled, outside
+    of autograd, as long as reading the large factors is what takes the time."""
+    if request.device.type != "cpu":
+        return "only on a CPU"
+    if request.special is not None:
+        return str(request.special)
+    if (most := MOST_ROWS.get(request.dtype)) is None:
+        return "only float32 and bfloat16"
+    if request.learns or (request.grad and isinstance(lowered, LoweredMLP)):
+        return "gradients are wanted"
+    groups = [group for matrix in lowered.matrices for group in matrix.groups]
+    slices = max(group.slices for group in groups)
+    if request.tokens * slices > most:
+        return f"more than {most} rows meet the large factor ({slices} for a token)"
+    if (strays := stray(lowered, request.dtype, request.device)) is not None:
+        return strays
+    if not all(tensor.is_contiguous() for tensor in lowered.tensors):
+        return "its numbers do not lie in one piece"
+    if any(_entries(group) > MOST_ENTRIES and not group.is_low_rank for group in groups):
+        return f"small factors of more than {MOST_ENTRIES:,} numbers"
+    by_columns = any(group.by_columns for group in groups)
+    if by_columns and request.tokens == 1 and request.dtype == torch.float32:
+        return "BLAS is as good for one token and weights by columns"
+    return None if cpu_kernels.library() is not None else "no C compiler"
 
-    Args:
-        owner: the layer, or with `parts` the MLP.
-    """
 
-    def __init__(self, owner: nn.Module, parts: Parts | None) -> None:
-        super().__init__()
+def _entries(group: LoweredGroup) -> int:
+    return group.terms * group.small_shape[0] * group.small_shape[1]
+
+
+class Prepared:
+    """A layer or an MLP as decode.c wants it: where its numbers are."""
+
+    def __init__(self, lowered: Lowered | LoweredMLP) -> None:
         self._kept: list[Any] = []
-        self._formed: list[tuple[Any, int]] = []  # and where their W is
-        self._dtypes: set[torch.dtype] = set()
-        self._usable, self.by_columns = True, False
-        self.slices = 1  # rows a token that meet a large factor, at most
-        matrices = [self._matrix(layer) for layer in _layers(owner, parts)]
+        matrices = [self._matrix(matrix) for matrix in lowered.matrices]
         self.m: int = matrices[-1].m
         self.down: Any = None
         self.activation = cpu_kernels.NONE
-        if parts is not None:
-            self.down, self.activation = ctypes.byref(matrices.pop()), parts.kind
-            for name in owner._modules:
-                self.child(owner, name)
+        if isinstance(lowered, LoweredMLP):
+            self.down, self.activation = ctypes.byref(matrices.pop()), lowered.kind
         self.count = len(matrices)
         self.ups = ctypes.byref((_Matrix * self.count)(*matrices))
-        self._usable &= all(tensor.is_contiguous() for tensor in self.tensors)
-        self._dtypes |= {tensor.dtype for tensor in self.tensors if tensor.is_floating_point()}
+        functions = cpu_kernels.library()
+        assert functions is not None
+        self.function = functions["decode", lowered.matrices[0].groups[0].weight.dtype]
 
-    def _matrix(self, layer: Any) -> _Matrix:
-        groups: list[Any] = [layer]
-        bias = None if isinstance(layer, KroneckerGroup) else self._address(layer, "bias")
-        if _is_factored(layer) and (weight := layer.formed()) is not None:
-            self._formed.append((layer, weight.data_ptr()))
-            self._dtypes.add(weight.dtype)
-            made = (_Group * 1)(_whole(weight.data_ptr(), *weight.shape))
-        else:
-            if _is_factored(layer):
-                held = self.child(layer, "groups")
-                groups = [self.child(held, name) for name in held._modules]
-            made = (_Group * len(groups))(*map(self._group, groups))
+    def _matrix(self, matrix: Lowered) -> _Matrix:
+        made = (_Group * len(matrix.groups))(*map(_group, matrix.groups))
         self._kept.append(made)
-        return _Matrix(made, len(made), bias, made[0].m1 * made[0].m2, made[0].n1 * made[0].n2)
-
-    def _group(self, group: Any) -> _Group:
-        if isinstance(group, nn.Linear | Conv1D):
-            by_columns = isinstance(group, Conv1D)
-            self.by_columns |= by_columns
-            m, n = group.weight.shape[::-1] if by_columns else group.weight.shape
-            return _whole(self._address(group, "weight"), m, n, by_columns)
-        into = _Group()
-        into.terms, (into.m1, into.n1) = group.terms, group.large_shape
-        into.m2, into.n2 = group.small_shape
-        into.small_outer, into.mix_first = group.layout == "small-outer", group.mix_first
-        into.weight = self._address(self.child(group, "large"), "weight")
-        into.small, into.scalars, into.order = (
-            self._address(group, name) for name in ("small", "scalars", "order")
-        )
-        self.slices = max(self.slices, into.m2 if group.mix_first else into.n2)
-        low_rank = group.mix_first and into.n1 == into.m2 == 1
-        self._usable &= low_rank or into.terms * into.m2 * into.n2 <= MOST_ENTRIES
-        return into
-
-    def _address(self, module: nn.Module, name: str) -> int | None:
-        tensor = self.tensor(module, name)
-        return None if tensor is None else tensor.data_ptr()
-
-    def fits(self, dtype: torch.dtype, learns: bool) -> bool:
-        """Whether decode.c can take it, all is where it was, in `dtype` and watched by nobody, and
-        with `learns` nothing of it is to have gradients."""
-        return (
-            self._usable
-            and self._dtypes == {dtype}
-            and self.unchanged()
-            and all(_is_at(layer.formed(), address) for layer, address in self._formed)
-            and not (learns and any(tensor.requires_grad for tensor in self.tensors))
-        )
+        return _Matrix(made, len(made), _address(matrix.bias), *matrix.shape)
 
 
-def _is_factored(layer: nn.Module) -> bool:
-    return isinstance(layer, KroneckerLinear)
+def _group(group: LoweredGroup) -> _Group:
+    held = (group.small, group.scalars, group.weight, group.order)
+    sizes = (group.terms, *group.large_shape, *group.small_shape)
+    flags = (group.layout == "small-outer", group.mix_first, group.by_columns)
+    return _Group(*map(_address, held), *sizes, *flags)
 
 
-def _whole(address: int | None, m: int, n: int, by_columns: bool = False) -> _Group:
-    """A weight that is not factored, (m, n) or by columns (n, m)."""
-    into = _Group()
-    into.weight, into.m1, into.n1, into.by_columns = address, m, n, by_columns
-    into.m2 = into.n2 = into.terms = into.small_outer = into.mix_first = 1
-    return into
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
-def _is_at(weight: Tensor | None, address: int) -> bool:
-    return weight is not None and weight.data_ptr() == address
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether decode.c could take the layer: not quantised, adapted, sharded or offloaded; or with
-    its W."""
-    if _is_factored(layer) and (weight := layer.formed()) is not None:
-        return weight.is_cpu
-    groups: Any = layer.groups if _is_factored(layer) else [layer]
-    return all(
-        (
-            group.is_plain
-            if isinstance(group, KroneckerGroup)
-            else is_plain_linear(group, (nn.Linear, Conv1D))
-        )
-        and all(p.is_cpu for p in group.parameters())
-        for group in groups
-    )
-
-
-def _layers(owner: nn.Module, parts: Parts | None) -> list[Any]:
-    names = () if parts is None else (*parts.ups, parts.down)
-    return [owner._modules[name] for name in names] or [owner]
-
-
-def _prepare(
-    owner: nn.Module, parts: Parts | None, dtype: torch.dtype, learns: bool
-) -> Prepared | None:
-    """`Prepared`, kept with its owner, or None where it can't be; `learns`: gradients are on."""
-    kept: Prepared | None = owner.__dict__.get("_prepared")
-    if kept is not None and kept.fits(dtype, learns):
-        return kept
-    watched = () if parts is None else owner.children()
-    if any(map(is_hooked, watched)) or not all(map(_is_plain, _layers(owner, parts))):
-        return None
-    kept = owner.__dict__["_prepared"] = Prepared(owner, parts)
-    return kept if kept.fits(dtype, learns) else None
-
-
-def run(owner: nn.Module, x: Tensor, parts: Parts | None = None) -> Tensor | None:
-    """The product of a layer, or an MLP, with a few tokens (..., n), or None where this is no help.
-
-    It helps on a CPU, for plain factors of one dtype that is compiled, outside of autograd,
-    autocast and tracing, and as long as reading the large factors is what takes the time.
-
-    Args:
-        owner: a `KroneckerGroup`, `KroneckerLinear` or `nn.Linear`, or with `parts` an MLP.
-    """
-    if not cpu_kernels.can_take(x) or not cpu_kernels.unwatched(x):
-        return None
-    dtype, shape = x.dtype, x.shape
-    tokens, most = x.numel() // shape[-1], MOST_ROWS[dtype]
-    if not 0 < tokens <= most:
-        return None
-    known: Prepared | None = owner.__dict__.get("_prepared")
-    if known is not None and tokens * known.slices > most:
-        return None
-    learns = torch.is_grad_enabled()
-    found = _prepare(owner, parts, dtype, learns)
-    if found is None or tokens * found.slices > most or (learns and x.requires_grad):
-        return None
-    if found.by_columns and tokens == 1 and dtype == torch.float32:
-        return None  # what BLAS is as good at
-    functions = cpu_kernels.library()
-    if functions is None:
-        return None
-    x, y = x.contiguous(), x.new_empty((*shape[:-1], found.m))
-    addresses = x.data_ptr(), y.data_ptr()
-    threads, decode = torch.get_num_threads(), functions["decode", dtype]
-    if decode(found.ups, found.count, found.activation, found.down, *addresses, tokens, threads):
+def run(prepared: Prepared, x: Tensor) -> Tensor:
+    """The product of a layer, or an MLP, with a few tokens (..., n): (..., m)."""
+    *lead, n = x.shape
+    x, y = x.contiguous(), x.new_empty((*lead, prepared.m))
+    tokens, threads = x.numel() // n, torch.get_num_threads()
+    sizes = x.data_ptr(), y.data_ptr(), tokens, threads
+    if prepared.function(prepared.ups, prepared.count, prepared.activation, prepared.down, *sizes):
         raise MemoryError(f"no memory for the intermediate results of {tokens} tokens")
     return y

@@ -20,7 +20,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+
+from krony.nn import switches
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 60  # that compiling may take
@@ -120,14 +122,15 @@ def can_take(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.dtype in NAMES
-        and not torch._C._are_functorch_transforms_active()
+        and not _are_functorch_transforms_active()
+        and _get_tracing_state() is None
     )
 
 
 def undisturbed(x: Tensor) -> bool:
     """Whether x is outside of autocast, and nothing watches or counts operations."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    return not autocast and not _get_current_dispatch_mode_stack()
+    return not autocast and not _len_torch_dispatch_stack()
 
 
 def unwatched(x: Tensor) -> bool:
@@ -148,7 +151,7 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None, apart: bool) -> Tensor |
     It helps on a CPU, for small factors with few entries, outside of autograd, autocast and
     tracing: a product of tiny matrices for every token takes BLAS several times as long.
     """
-    if not can_take(x):
+    if not can_take(x) or not switches.allows("mix"):
         return None
     p, q, k = *mixing.shape, x.shape[2]
     if (
@@ -235,7 +238,8 @@ def has_gelu(x: Tensor) -> bool:
     return (
         can_take(x)
         and x.is_cpu
-        and not _get_current_dispatch_mode_stack()
+        and not _len_torch_dispatch_stack()
+        and switches.allows("gelu")
         and library() is not None
     )
 
@@ -264,7 +268,7 @@ def fill(free: Tensor, order: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not order.is_cpu:
         return None
     free = free.detach()  # of a parameter, its tensor
-    if not can_take(free) or not unwatched(free):
+    if not can_take(free) or not unwatched(free) or not switches.allows("fill"):
         return None
     if not free.is_contiguous() or not order.is_contiguous() or order.dtype != torch.int32:
         return None

@@ -13,8 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from krony.nn.cpu import fewer
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.cpu.kernels import MOST_MIXED, POINTER, SIZE
+from krony.nn.lower import LoweredGroup, LoweredMLP, once, stray
+from krony.nn.products import Route, from_slices, to_slices
+from krony.runtime.layers import Layout
 
 LEAST = 2  # tokens
 SIDE = 32  # of a sum, in outputs and in tokens: SIDE of tiles.c
@@ -117,12 +121,6 @@ class Input:
         return self.mixing is None or self.k % SIDE == 0
 
 
-def can_take(x: Tensor) -> bool:
-    """Whether tokens x (..., n) may be for the tile unit."""
-    enough = x.numel() >= LEAST * x.shape[-1]
-    return x.dtype == torch.bfloat16 and enough and cpu_kernels.has_tiles()
-
-
 class Tiles:
     """An MLP as tiles.c wants it, if it `fits`. All tensors are in bfloat16 on the CPU, and what is
     mixed and added is copied.
@@ -194,3 +192,139 @@ class Tiles:
         sizes = (tokens, self._panels, torch.get_num_threads())
         failed = cpu_kernels.tiles(entered, len(xs), *self._middle, y.data_ptr(), *sizes)
         return None if failed else y
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An MLP on the tile unit, and how its tokens are cut into slices.
+
+    Attributes:
+        layouts: of the inputs. layout: of the outputs.
+    """
+
+    tiles: Tiles
+    inputs: list[Input]
+    layouts: list[Layout]
+    layout: Layout
+
+
+def can_take(mlp: LoweredMLP, request: Any) -> str | None:
+    """Why it does not take an MLP, or None: bfloat16, in shapes that fill its tiles."""
+    if request.device.type != "cpu":
+        return "only on a CPU"
+    if request.special is not None:
+        return str(request.special)
+    if request.dtype != torch.bfloat16:
+        return "only bfloat16"
+    if request.grad:
+        return "gradients are wanted"
+    if request.tokens < LEAST:
+        return f"fewer than {LEAST} tokens"
+    if not cpu_kernels.has_tiles():
+        return "no tile unit (AMX), or no C compiler"
+    groups = [group for matrix in mlp.matrices for group in matrix.groups]
+    if len(groups) > len(mlp.matrices):
+        return "a matrix is a sum of several groups"
+    if (strays := stray(mlp, request.dtype, request.device)) is not None:
+        return strays
+    if any(group.by_columns for group in groups):
+        return "a weight by columns: inputs do not lie side by side"
+    if any(fewer.way(group, request.tokens, request.dtype) == "fewer" for group in groups):
+        return "for so many tokens a matrix is fewer products, by oneDNN"
+    if once(mlp, "tiles", plan) is None:
+        return "shapes that do not fill its tiles, or do not fit into the second cache"
+    return None
+
+
+def plan(mlp: LoweredMLP) -> Plan | None:
+    """An MLP as the tile unit's kernel wants it, or None where that does not take it."""
+    groups = [matrix.groups[0] for matrix in mlp.matrices]
+    if any(_too_wide(group) for group in groups):
+        return None
+    routes = [fewer.route_of(group) for group in groups]
+    (*written, read), (*ups, down) = routes, mlp.matrices
+    first = written[0]
+    if any(route.shape[:2] != first.shape[:2] or route.layout != first.layout for route in written):
+        return None
+    if ups[0].shape[0] != down.shape[1] or first.shape[0] > MOST_MIXED or not _follows(read, first):
+        return None
+    return _planned(written, read, [up.bias for up in ups], down.bias, mlp.kind)
+
+
+def _too_wide(group: LoweredGroup) -> bool:
+    """Whether a small factor is more than what is mixed, and no matrix of its own (low rank)."""
+    return group.small is not None and group.small.numel() > MOST_MIXED and group.large_shape[1] > 1
+
+
+def _planned(
+    written: list[Route], read: Route, offsets: list[Tensor | None], bias: Tensor | None, kind: int
+) -> Plan | None:
+    halves = [_half(route) for route in written]
+    enters = [half for half in halves if half is not None]
+    if enters and len(enters) < len(written):
+        return None
+    inputs = [_input(route) for route in written]
+    ups = []
+    for route, of, half, offset in zip(written, inputs, halves, offsets, strict=True):
+        features = of.features if half is None else half.product.m
+        product = Product(_weights(route), features)
+        ups.append(Matrix(product, route.outer, route.slices_of(offset)))
+    if all(of.mixing is None for of in inputs):
+        del inputs[1:]  # all read the same
+    (*_, n2, n1) = read.shape
+    inner, outer, weight, features = read.inner, read.outer, _weights(read), n2 * n1
+    between = _half(read)
+    if between is not None:
+        inner, features = None, between.product.m
+    elif inner is not None and len(inner) > n2:  # the results are mixed, which are fewer
+        terms = weight.shape[2] // n1
+        outer = inner.unflatten(0, (-1, terms)).mT.flatten(1)
+        inner, weight = None, weight[0].unflatten(1, (terms, n1)).transpose(0, 1)
+    elif inner is not None:
+        features = len(inner) * n1
+    down = Matrix(Product(weight, features), outer, read.slices_of(bias))
+    tiles = Tiles(inputs, ups, kind, inner, down, enters, between)
+    return Plan(tiles, inputs, [r.layout for r in written], read.layout) if tiles.fits else None
+
+
+def run(plan: Plan, x: Tensor) -> Tensor | None:
+    """Tokens x (..., n) through an MLP: (..., m); None if there is no memory."""
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    xs = [
+        to_slices(x, (-1, of.slices, of.k), layout).contiguous()
+        for layout, of in zip(plan.layouts, plan.inputs, strict=False)
+    ]
+    y = plan.tiles.run(xs)
+    return None if y is None else from_slices(y, lead, plan.layout)
+
+
+def _follows(read: Route, written: Route) -> bool:
+    """Whether one matrix reads the hidden features in the order in which another writes them."""
+    (m2, m1, *_), (*_, n2, n1) = written.shape, read.shape
+    alike = (n2, n1, read.layout) == (m2, m1, written.layout)
+    if read.inner is not None and n1 > 1:
+        return alike
+    # Slices that are features one after the other are as good as one.
+    return alike or all(
+        layout == "small-outer" or 1 in sides
+        for layout, sides in ((written.layout, (m2, m1)), (read.layout, (n2, n1)))
+    )
+
+
+def _input(route: Route) -> Input:
+    """What the tile unit's product reads."""
+    _, _, n2, n1 = route.shape
+    return Input(n2, n1, None if n1 == 1 else route.inner)
+
+
+def _half(route: Route) -> Matrix | None:
+    """Of low rank the half that reads, which is a product of its own; else None."""
+    (*_, n2, n1), inner = route.shape, route.inner
+    if inner is None or n1 > 1:
+        return None
+    return Matrix(Product(inner[None], n2))
+
+
+def _weights(route: Route) -> Tensor:
+    """Of its products, each for all slices: (·, m1, ·)."""
+    return route.weight.unflatten(0, (-1, route.shape[1]))

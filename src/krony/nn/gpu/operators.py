@@ -1,10 +1,9 @@
-"""One call instead of several for a few tokens through a layer, and launches on a GPU.
+"""The Triton kernels as operators of torch, and where they can be launched.
 
-On a CPU that is decode.c. On a GPU the kernels of triton_kernels.py run as two operators:
-`krony::decode`, a few tokens through a factored matrix, with plain torch backwards, and
-`krony::step`, a matrix of an MLP with all that is around it, without gradients. Both are opaque to
-torch.compile, which therefore keeps them whole, and CUDA graphs record them. Triton is imported at
-the first call, never with krony.
+`krony::decode` is a few tokens through a factored matrix, with plain torch backwards; `krony::step`
+a matrix of an MLP with all that is around it, without gradients. Both are opaque to torch.compile,
+which therefore keeps them whole, and CUDA graphs record them. Triton is imported at the first call,
+never with krony.
 """
 
 import importlib.util
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from krony.maths import kron
-from krony.maths.kron import Layout, Shape
-from krony.nn import tensor_rank
-from krony.nn.cpu import decode as cpu_decode
+from krony.maths.kron import large_to_linear
+from krony.maths.shapes import Layout, Shape
 from krony.nn.gpu.step import Step
-from krony.runtime.layers import is_exporting, linear_to_large
+from krony.runtime.layers import linear_to_large
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
 MAX_TOKENS = 16
@@ -32,45 +29,26 @@ MAX_TOKENS = 16
 MAX_SIDE, MAX_ENTRIES = 16, 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-run_many = tensor_rank.run  # the counterpart of `run` for many tokens
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def run(group: Any, x: Tensor) -> Tensor | None:
-    """The product of a `KroneckerGroup` with a few tokens in one call, or None where none is made
-    for it: decode.c on a CPU, Triton on a GPU."""
-    if x.device.type == "cpu" and not _INTERPRETED:
-        return cpu_decode.run(group, x)
-    small, weight = group.scaled_small, group.large.weight
-    if not available(x, small, weight):
-        return None
-    return decode(x, small, weight, group.large_shape, group.layout, group.mix_first)
-
-
-def run_layer(layer: Any, x: Tensor) -> Tensor | None:
-    """The same for a `KroneckerLinear` with all of its groups and its bias: decode.c, or None."""
-    return None if _INTERPRETED else cpu_decode.run(layer, x)
-
-
-def available(x: Tensor, small: Tensor, weight: Tensor) -> bool:
-    """Whether `decode` can and should run on these: Triton, a recent GPU, one dtype, small sides.
+def unusable(request: Any) -> str | None:
+    """Why no kernel can run for a request, or None: Triton, a recent GPU, a dtype of theirs.
 
     With TRITON_INTERPRET=1, as in the tests, a CPU will do.
-
-    Args:
-        x, small, weight: those of `decode`.
     """
-    if not can_take(x):
-        return False
-    tokens = x.numel() // x.shape[-1]
-    return (
-        0 < tokens <= MAX_TOKENS
-        and fits(small.shape)
-        and x.dtype == small.dtype == weight.dtype
-        and x.device == small.device == weight.device
-    )
+    if request.device.type != "cuda" and not INTERPRETED:
+        return "only on a GPU"
+    if request.special is not None:
+        return str(request.special)
+    if request.dtype not in DTYPES:
+        return "only float32, bfloat16 and float16"
+    if not INSTALLED:
+        return "Triton is not installed"
+    if not _runs_on(request.device.type, request.device.index):
+        return "its kernels can't be launched on this GPU"
+    return None
 
 
 def fits(small: Sequence[int]) -> bool:
@@ -79,21 +57,9 @@ def fits(small: Sequence[int]) -> bool:
     return max(m2, n2) <= MAX_SIDE and terms * m2 * n2 <= MAX_ENTRIES
 
 
-def can_take(x: Tensor) -> bool:
-    """Whether the kernels can run on x: Triton, a recent GPU, a dtype of theirs, no autocast."""
-    if not (x.is_cuda or _INTERPRETED) or is_exporting():
-        return False
-    return (
-        _INSTALLED
-        and x.dtype in DTYPES
-        and _runs_on(x.device.type, x.device.index)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
 @torch.compiler.assume_constant_result
 def _runs_on(kind: str, index: int | None) -> bool:
-    return _launches_on(index) if kind == "cuda" else kind == "cpu" and _INTERPRETED
+    return _launches_on(index) if kind == "cuda" else kind == "cpu" and INTERPRETED
 
 
 @lru_cache
@@ -128,7 +94,7 @@ def decode(
 ) -> Tensor:
     """y = x Wᵀ + bias for W = Σ_r B_r ⊗ A_r (or Σ_r A_r ⊗ B_r) in one launch; differentiable.
 
-    The same as `products.apply` with a plain linear layer; call it where `available` says so.
+    The same as `products.apply` with a plain linear layer; call it where nothing is `unusable`.
 
     Args:
         x: (..., n), a few tokens.
@@ -227,7 +193,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     d_small = torch.einsum("tcrb,tdb->rcd", pulled, inputs)
     mixed = torch.einsum("rcd,tdb->tcrb", small, inputs)
     d_large = torch.einsum("tca,tcrb->rab", outputs, mixed)
-    d_weight = kron.large_to_linear(d_large, ctx.mix_first)
+    d_weight = large_to_linear(d_large, ctx.mix_first)
     d_bias = grad.sum(0) if ctx.biased else None
     return d_inputs.reshape(x.shape), d_small, d_weight, d_bias, None, None, None, None
 

@@ -1,4 +1,4 @@
-"""The decode kernels against the dense oracle, on a GPU or in Triton's interpreter.
+"""The Triton kernels as operators, few tokens: against the dense oracle, on a GPU or in Triton's interpreter.
 
 The interpreter has to be asked for before Triton is imported, so on a CPU the tests that launch a
 kernel run in a process of their own, which `test_under_the_interpreter` starts.
@@ -14,7 +14,9 @@ from helpers import INTERPRETED, dense_sum, in_the_interpreter, launches
 from helpers import KERNEL_DEVICE as DEVICE
 from krony import KroneckerGroup, KroneckerLinear
 from krony.maths import kron
-from krony.nn import kernels, products
+from krony.nn import dispatch, products
+from krony.nn.gpu import few, operators
+from krony.nn.lower import lower
 
 # (large, small, terms, tokens): by element and by tile, sides that fill no block, several blocks of
 # m1, of n1 and of tokens, vectors.
@@ -51,16 +53,16 @@ def test_decode_is_the_dense_product(large, small, terms, tokens, layout, mix_fi
     x, b, weight, bias, a = inputs(large, small, terms, tokens, mix_first=mix_first)
     dense = dense_sum(*kron.in_order(a.double(), b.double(), layout))
     expected = x.double() @ dense.T
-    made = kernels.decode(x, b, weight, large, layout, mix_first)
+    made = operators.decode(x, b, weight, large, layout, mix_first)
     torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-4)
-    made = kernels.decode(x[None], b, weight, large, layout, mix_first, bias)
+    made = operators.decode(x[None], b, weight, large, layout, mix_first, bias)
     torch.testing.assert_close(made.double(), (expected + bias)[None], rtol=1e-5, atol=1e-4)
 
 
 @launches
 def test_a_layer_decodes_with_them_and_takes_many_tokens_without(monkeypatch):
-    calls, decode = [], kernels.decode
-    monkeypatch.setattr(kernels, "decode", lambda *a: calls.append(len(a[0])) or decode(*a))
+    calls, decode = [], operators.decode
+    monkeypatch.setattr(operators, "decode", lambda *a: calls.append(len(a[0])) or decode(*a))
     layer = KroneckerLinear(40, 36, [KroneckerGroup((18, 20), (2, 2), 2)]).to(DEVICE)
     for tokens in (1, 16, 17):
         x = torch.randn(tokens, 40, device=DEVICE)
@@ -76,7 +78,7 @@ def test_a_layer_decodes_with_them_and_takes_many_tokens_without(monkeypatch):
 def test_half_precision_sums_in_float32(large, small, terms, tokens, dtype, mix_first):
     x, b, weight, bias, a = inputs(large, small, terms, tokens, dtype, mix_first)
     expected = x.double() @ dense_sum(b.double(), a.double()).T + bias.double()
-    made = kernels.decode(x, b, weight, large, "small-outer", mix_first, bias)
+    made = operators.decode(x, b, weight, large, "small-outer", mix_first, bias)
     assert made.dtype == dtype
     # Rounded once at the end, and once where the mix becomes the input of a tile product.
     error = (made.double() - expected).abs().max() / expected.abs().max()
@@ -90,7 +92,7 @@ def test_half_precision_sums_in_float32(large, small, terms, tokens, dtype, mix_
 def test_gradients_are_those_of_the_torch_form(large, small, terms, tokens, layout, mix_first):
     leaves = [v.requires_grad_() for v in inputs(large, small, terms, tokens, mix_first=mix_first)]
     x, b, weight, bias, _ = leaves
-    made = kernels.decode(x, b, weight, large, layout, mix_first, bias)
+    made = operators.decode(x, b, weight, large, layout, mix_first, bias)
     plain = products.apply(x, b, lambda z: F.linear(z, weight), large, layout, mix_first) + bias
     torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-4)
     upstream = torch.randn_like(plain)
@@ -103,7 +105,7 @@ def test_gradients_are_those_of_the_torch_form(large, small, terms, tokens, layo
 @launches
 def test_no_bias_no_gradient():
     x, b, weight, _, _ = inputs((5, 7), (2, 2), 1, 2)
-    kernels.decode(x, b.requires_grad_(), weight, (5, 7)).sum().backward()
+    operators.decode(x, b.requires_grad_(), weight, (5, 7)).sum().backward()
     assert b.grad is not None
     assert weight.grad is None
 
@@ -114,7 +116,7 @@ def test_the_operator_is_well_formed_for_torch():
     arguments = (x.requires_grad_(), b, weight.requires_grad_(), bias, 5, 7, True, True)
     # Ahead-of-time dispatch is what test_compile_keeps_it_whole goes through.
     parts = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels._decode, arguments, test_utils=parts)
+    torch.library.opcheck(operators._decode, arguments, test_utils=parts)
 
 
 @launches
@@ -128,64 +130,63 @@ def test_compile_keeps_it_whole():
 
     @torch.compile(backend=backend, fullgraph=True)
     def step(x):
-        if not kernels.available(x, b, weight):
-            return x
-        return kernels.decode(x, b, weight, (5, 7)) * 2
+        return operators.decode(x, b, weight, (5, 7)) * 2
 
-    torch.testing.assert_close(step(x), kernels.decode(x, b, weight, (5, 7)) * 2)
-    assert sum("krony.decode" in node for node in nodes) == 1
+    torch.testing.assert_close(step(x), operators.decode(x, b, weight, (5, 7)) * 2)
+    layer = KroneckerLinear(14, 10, [KroneckerGroup((5, 7), (2, 2))]).to(DEVICE)
+    with torch.no_grad():
+        made = torch.compile(layer, backend=backend, fullgraph=True)(x)
+        torch.testing.assert_close(made, layer(x))
+    assert sum("krony.decode" in node for node in nodes) == 2
 
 
 @launches
 def test_a_gpu_on_which_nothing_can_be_launched_takes_the_torch_form(monkeypatch):
     device = torch.device(DEVICE)
-    assert kernels.launches(device)
+    assert operators.launches(device)
 
     def fails(*_):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr("krony.nn.gpu.triton_kernels.launch", fails)
-    assert not kernels.launches(device)
+    assert not operators.launches(device)
 
 
-@pytest.mark.skipif(INTERPRETED or not kernels._INSTALLED, reason="needs Triton, and no nesting")
+@pytest.mark.skipif(INTERPRETED or not operators.INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
     in_the_interpreter(__file__)
 
 
-def make(tokens=1, small=(2, 2), terms=1, dtype=torch.float32):
-    x = torch.zeros(tokens, 8 * small[1], dtype=dtype)
-    return x, torch.zeros(terms, *small, dtype=dtype), torch.zeros(8, 8, dtype=dtype)
+def refusal(tokens=1, small=(2, 2), terms=1, dtype=torch.float32, inputs=None, special=None):
+    layer = KroneckerLinear(8 * small[1], 8 * small[0], [KroneckerGroup((8, 8), small, terms)])
+    request = dispatch.Request(tokens, inputs or dtype, torch.device("cpu"), special=special)
+    return few.can_take(lower(layer.to(dtype)), request)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("wanted", "reason"),
     [
-        (make(), True),
-        (make(tokens=16, dtype=torch.bfloat16), True),
-        (make(tokens=17), False),
-        (make(tokens=0), False),
-        (make(small=(1, 64)), False),
-        (make(small=(16, 16), terms=5), False),
-        (make(dtype=torch.float64), False),
-        ((make()[0].bfloat16(), *make()[1:]), False),
-        ((make()[0].to("meta"), *make()[1:]), False),
+        ({}, None),
+        ({"tokens": 16, "dtype": torch.bfloat16}, None),
+        ({"tokens": 17}, "more than 16 tokens"),
+        ({"small": (1, 64)}, "no small factor, or too large a one"),
+        ({"small": (16, 16), "terms": 5}, "no small factor, or too large a one"),
+        ({"dtype": torch.float64}, "only float32, bfloat16 and float16"),
+        ({"inputs": torch.bfloat16}, "its numbers are not all in the inputs' bfloat16"),
+        ({"special": "autocast"}, "autocast"),
     ],
 )
-def test_available(arguments, expected, monkeypatch):
-    monkeypatch.setattr(kernels, "_INSTALLED", True)
-    monkeypatch.setattr(kernels, "_INTERPRETED", True)
-    assert kernels.available(*arguments) is expected
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not kernels.available(*arguments)
-    monkeypatch.setattr(kernels, "_INSTALLED", False)
-    assert not kernels.available(*arguments)
+def test_what_a_launch_takes(wanted, reason, monkeypatch):
+    monkeypatch.setattr(operators, "INSTALLED", True)
+    monkeypatch.setattr(operators, "INTERPRETED", True)
+    assert refusal(**wanted) == reason
+    monkeypatch.setattr(operators, "INSTALLED", False)
+    assert refusal() == "Triton is not installed"
 
 
 def test_a_cpu_falls_back_and_imports_no_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "_INSTALLED", True)
-    monkeypatch.setattr(kernels, "_INTERPRETED", False)
-    assert not kernels.available(*make())
-    layer = KroneckerGroup((8, 8), (2, 2))
-    kernels.run(layer, torch.zeros(1, 16))
+    monkeypatch.setattr(operators, "INSTALLED", True)
+    monkeypatch.setattr(operators, "INTERPRETED", False)
+    assert refusal() == "only on a GPU"
+    dispatch.run(KroneckerGroup((8, 8), (2, 2)), torch.zeros(1, 16))
     assert INTERPRETED or DEVICE == "cuda" or "krony.nn.gpu.triton_kernels" not in sys.modules

@@ -1,0 +1,123 @@
+"""Which kernel takes each factored layer and MLP of a model, and why those before it do not."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from krony.errors import KronyError
+from krony.nn import dispatch, mlp
+from krony.nn.lower import Lowered, keep, keep_mlp
+from krony.runtime.layers import KroneckerLinear
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer, an MLP, or a group of factors, and what makes its product.
+
+    Attributes:
+        name: the module's. kind: what it is.
+        backend: the kernel's name (`dispatch`), or "torch".
+        how: of torch, what is multiplied by.
+        why_not: names of the kernels before it, each with the reason.
+        count: modules that all of this is so for, numbers in `name` being "*" then (`summary`).
+    """
+
+    name: str
+    kind: Literal["mlp", "layer", "group"]
+    backend: str
+    how: str
+    why_not: tuple[tuple[str, str], ...]
+    count: int = 1
+
+
+@torch.no_grad()
+def explain(model: nn.Module, tokens: int = 1) -> list[Row]:
+    """Which kernel takes each factored layer and MLP, for so many tokens at once, and why those
+    before it do not: in the model's dtype, on its device, without gradients and outside of autocast
+    and torch.compile.
+
+    An MLP that one kernel takes as a whole is one row; of others each factored layer has one, and
+    of a layer that torch adds up of several groups each group.
+
+    Args:
+        tokens: of all rows of a batch together.
+    Raises:
+        KronyError: fewer than one token, or `KRONY_KERNELS` names a kernel that there is none of.
+    """
+    if tokens < 1:
+        raise KronyError(f"a layer takes at least one token, not {tokens}")
+    rows: list[Row] = []
+    whole = "\0"  # the MLP that the last row takes as a whole
+    for name, module in model.named_modules():
+        if name.startswith(whole):
+            continue
+        if mlp.record_of(module) is not None:
+            rows.append(_of_mlp(name, module, tokens))
+            if rows[-1].backend != "torch":
+                whole = f"{name}." if name else ""
+        elif isinstance(module, KroneckerLinear):
+            rows += _of_layer(name, module, tokens)
+    return rows
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Rows that differ in nothing but the numbers in their names as one each, in order."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        key = replace(row, name=re.sub(r"\d+", "*", row.name))
+        before = found.get(key)
+        found[key] = row if before is None else replace(key, count=before.count + 1)
+    return list(found.values())
+
+
+def _request(module: nn.Module, tokens: int) -> dispatch.Request:
+    some = next(p for p in module.parameters() if p.is_floating_point())
+    return dispatch.Request(tokens, some.dtype, some.device)
+
+
+def _of_mlp(name: str, module: nn.Module, tokens: int) -> Row:
+    record = mlp.record_of(module)
+    assert record is not None
+    request, kept = _request(module, tokens), keep_mlp(module, record.parts)
+    right = mlp.is_right(module, mlp.example(module))
+    why = kept.why
+    if module.training:
+        why = "training mode"
+    elif not right:
+        why = "it computes something else than its parts make up"
+    backend, why_not = _chosen("mlp", kept.lowered, request, why)
+    return Row(name, "mlp", backend, "" if backend != "torch" else "layer by layer", why_not)
+
+
+def _of_layer(name: str, layer: Any, tokens: int) -> list[Row]:
+    request, kept = _request(layer, tokens), keep(layer)
+    backend, why_not = _chosen("layer", kept.lowered, request, kept.why)
+    if backend != "torch":
+        return [Row(name, "layer", backend, "", why_not)]
+    if layer.formed() is not None:
+        return [Row(name, "layer", backend, "W, kept", why_not)]
+    if len(layer.groups) == 1:
+        return [Row(name, "layer", backend, _torch(layer.groups[0], tokens), why_not)]
+    rows = [Row(name, "layer", backend, "group by group", why_not)]
+    for number, group in enumerate(layer.groups):
+        kept = keep(group)
+        backend, why_not = _chosen("layer", kept.lowered, request, kept.why)
+        how = _torch(group, tokens) if backend == "torch" else ""
+        rows.append(Row(f"{name}.groups.{number}", "group", backend, how, why_not))
+    return rows
+
+
+def _torch(group: Any, tokens: int) -> str:
+    return "W, formed for the batch" if group.forms_dense(tokens) else "the factors"
+
+
+def _chosen(
+    unit: dispatch.Unit, lowered: Lowered | None, request: dispatch.Request, why: str | None
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    if why is not None:
+        return "torch", tuple((backend.name, why) for backend in dispatch.table(unit))
+    backend, why_not = dispatch.refusals(unit, lowered, request)
+    return ("torch" if backend is None else backend.name), tuple(why_not)
