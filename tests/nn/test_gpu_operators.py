@@ -1,7 +1,7 @@
-"""The Triton kernels as operators, few tokens: against the dense oracle, on a GPU or in Triton's interpreter.
+"""Few tokens through the Triton kernels, as operators, against the dense oracle.
 
-The interpreter has to be asked for before Triton is imported, so on a CPU the tests that launch a
-kernel run in a process of their own, which `test_under_the_interpreter` starts.
+On a GPU or in Triton's interpreter, which has to be asked for before Triton is imported, so that on
+a CPU the tests that launch a kernel run in a process that `test_under_the_interpreter` starts.
 """
 
 import sys

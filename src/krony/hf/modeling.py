@@ -19,8 +19,8 @@ from krony.hf.plan import MatrixPlan, Plan
 from krony.hf.whole import check_factors, check_shape, left_over
 from krony.nn import mlp, packing
 from krony.nn.activations import fuse, restore
+from krony.nn.formed import can_keep
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.nn.lower import can_keep
 from krony.nn.packing import Quantised
 from krony.runtime import loader
 from krony.runtime.loader import KroneckerConfig as KroneckerConfig

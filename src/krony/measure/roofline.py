@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from krony.nn.formed import can_keep
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.nn.lower import can_keep
 from krony.runtime.layers import multiply_adds
 
 # Far beyond any cache, so that the memory itself is read.

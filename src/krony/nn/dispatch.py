@@ -1,4 +1,4 @@
-"""Which kernel makes a product: one ordered table for layers, one for MLPs; the first that can wins.
+"""Which kernel makes a product: an ordered table for layers and one for MLPs; the first that can.
 
 A kernel is a file and a row here. A row looks at what is to be multiplied by (`lower.Lowered`, or
 `LoweredMLP`) and at what is asked for (`Request`), and says why not, or nothing: then it takes it.
@@ -23,7 +23,7 @@ from krony.errors import KronyError
 from krony.nn import switches
 from krony.nn.cpu import decode, fewer, hidden, tiles
 from krony.nn.gpu import few, mlp, operators
-from krony.nn.lower import Kept, NotPlain, Once, Parts, keep, keep_mlp, of_layer, of_mlp, once
+from krony.nn.lower import Kept, NotPlainError, Once, Parts, keep, keep_mlp, of_layer, of_mlp, once
 from krony.nn.products import add
 from krony.nn.switches import restricted as restricted
 from krony.runtime.layers import is_exporting
@@ -134,7 +134,7 @@ def refusals(
     unit: Unit, lowered: Any, request: Request
 ) -> tuple[Backend | None, list[tuple[str, str]]]:
     """The row that takes it, or None for torch, and why those before it do not."""
-    why = []
+    why: list[tuple[str, str]] = []
     for backend in table(unit):
         reason = backend.can_take(lowered, request)
         if reason is None:
@@ -211,7 +211,7 @@ def _traced(
         return None
     try:
         lowered = of_mlp(Once(), owner, *parts) if unit == "mlp" else of_layer(Once(), owner)
-    except NotPlain:
+    except NotPlainError:
         return None
     special = "autocast" if torch.is_autocast_enabled(x.device.type) else None
     tokens, grad = x.numel() // x.shape[-1], torch.is_grad_enabled()

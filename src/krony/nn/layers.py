@@ -14,6 +14,7 @@ from krony.maths import kron
 from krony.maths.shapes import Layout, Shape, check_factors, check_scalars
 from krony.nn import dispatch, lower, products
 from krony.nn.cpu import kernels as cpu_kernels
+from krony.nn.formed import formed
 from krony.nn.packing import is_weight_only
 from krony.runtime import layers as plain
 from krony.runtime.layers import is_hooked
@@ -144,7 +145,7 @@ class KroneckerLinear(plain.KroneckerLinear):
         multiply-adds of W, for every token. It is made anew when a factor changes, and left to the
         factors in training, under autograd, tracing or hooks.
         """
-        return lower.formed(self)
+        return formed(self)
 
     def train(self, mode: bool = True) -> "KroneckerLinear":
         if mode:  # no memory for what is not used; .eval() again is no reason to form it again

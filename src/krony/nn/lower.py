@@ -1,8 +1,8 @@
 """What a layer multiplies by, in one description for all kernels.
 
-`lower` makes it of a layer, `lower_mlp` of an MLP's layers. It holds tensors and shapes, no modules:
-whatever a kernel needs besides, it makes of that. `keep` and `keep_mlp` do so once and keep it, with
-what kernels made of it, until a factor changes (`watched.py`).
+It holds tensors and shapes, no modules: whatever a kernel needs besides, it makes of that. `keep`
+and `keep_mlp` make it of a layer or an MLP, once, and keep it with what kernels made of it, until a
+factor changes (`watched.py`).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.pytorch_utils import Conv1D
 
 from krony.nn import tensor_rank
@@ -201,7 +200,7 @@ def stray(lowered: Lowered | LoweredMLP, dtype: torch.dtype, device: torch.devic
     return None
 
 
-class NotPlain(Exception):
+class NotPlainError(Exception):
     """Why a layer is more than factors, or a weight, and a bias."""
 
 
@@ -316,7 +315,7 @@ def _made(owner: nn.Module, make: Callable[..., Any], *arguments: Any) -> Kept:
     kept = Kept(owner)
     try:
         kept.lowered = make(kept, owner, *arguments)
-    except NotPlain as reason:
+    except NotPlainError as reason:
         kept.why = str(reason)
         if kept.hooked:  # which may end without a trace
             kept.owner = None
@@ -324,13 +323,13 @@ def _made(owner: nn.Module, make: Callable[..., Any], *arguments: Any) -> Kept:
 
 
 def of_mlp(watch: Kept | Once, mlp: nn.Module, parts: Parts) -> LoweredMLP:
-    """An MLP, lowered. Raises `NotPlain`."""
+    """An MLP, lowered. Raises `NotPlainError`."""
     for name in mlp._modules:
         child = watch.child(mlp, name)
         if child is not None and is_hooked(child):
-            raise NotPlain(f"something hooks into its {name}")
+            raise NotPlainError(f"something hooks into its {name}")
     if kind_of(mlp._modules[parts.activation]) != parts.kind:
-        raise NotPlain("its activation is another one than it was")
+        raise NotPlainError("its activation is another one than it was")
     found = []
     for name in (*parts.ups, parts.down):
         layer: Any = mlp._modules[name]
@@ -338,7 +337,7 @@ def of_mlp(watch: Kept | Once, mlp: nn.Module, parts: Parts) -> LoweredMLP:
             kept = keep(layer)
             watch.include(kept)
             if kept.lowered is None:
-                raise NotPlain(f"{name}: {kept.why}")
+                raise NotPlainError(f"{name}: {kept.why}")
             found.append(kept.lowered)
         else:
             found.append(of_layer(watch, layer))
@@ -347,14 +346,14 @@ def of_mlp(watch: Kept | Once, mlp: nn.Module, parts: Parts) -> LoweredMLP:
 
 
 def of_layer(watch: Kept | Once, layer: Any) -> Lowered:
-    """A layer, lowered. Raises `NotPlain`."""
+    """A layer, lowered. Raises `NotPlainError`."""
     if isinstance(layer, plain.KroneckerGroup):
         return Lowered((_group(watch, layer),), counted=watch.counted)
     bias = watch.tensor(layer, "bias")
     if not isinstance(layer, plain.KroneckerLinear):
         weight = watch.weight(layer)
         if not is_plain_linear(layer, PLAIN) or weight is None:
-            raise NotPlain(f"it is a {type(layer).__name__}, or adapted or sharded")
+            raise NotPlainError(f"it is a {type(layer).__name__}, or adapted or sharded")
         return Lowered((_whole(weight, isinstance(layer, Conv1D)),), bias, counted=watch.counted)
     if (formed := watch.formed(layer)) is not None:
         return Lowered((_whole(formed),), bias, True, watch.counted)
@@ -362,12 +361,12 @@ def of_layer(watch: Kept | Once, layer: Any) -> Lowered:
     for name in held._modules:
         group = watch.child(held, name)
         if is_hooked(group):
-            raise NotPlain(f"something hooks into its group {name}")
+            raise NotPlainError(f"something hooks into its group {name}")
         if isinstance(watch, Kept):
             kept = keep(group)
             watch.include(kept)
             if kept.lowered is None:
-                raise NotPlain(str(kept.why))
+                raise NotPlainError(str(kept.why))
             groups += kept.lowered.groups
         else:
             groups.append(_group(watch, group))
@@ -378,7 +377,9 @@ def _group(watch: Kept | Once, group: Any) -> LoweredGroup:
     large = watch.child(group, "large")
     weight = watch.weight(large)
     if not group.is_plain or weight is None:
-        raise NotPlain("a large factor is more than its numbers (quantised, adapted, sharded, …)")
+        raise NotPlainError(
+            "a large factor is more than its numbers (quantised, adapted, sharded, …)"
+        )
     small, scalars, order = (watch.tensor(group, name) for name in ("small", "scalars", "order"))
     return LoweredGroup(
         weight, group.large_shape, group.small_shape, group.terms, group.layout, group.mix_first,
@@ -390,60 +391,3 @@ def _whole(weight: Tensor, by_columns: bool = False) -> LoweredGroup:
     """A matrix that is not factored: (m, n), or (n, m) by columns."""
     (m, n) = weight.shape[::-1] if by_columns else weight.shape
     return LoweredGroup(weight, (m, n), by_columns=by_columns)
-
-
-class Formed(Watched):
-    """W of a `KroneckerLinear`, until one of its factors is another or has other numbers.
-
-    Args:
-        layer: one that `can_keep` holds for.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.owner = layer._modules
-        groups = self.child(layer, "groups")
-        for name in groups._modules:
-            group = self.child(groups, name)
-            self.tensor(self.child(group, "large"), "weight")
-            for held in ("small", "scalars", "order"):
-                self.tensor(group, held)
-        dtype = self.tensors[0].dtype
-        with torch.autocast(self.tensors[0].device.type, enabled=False):
-            exact = layer.to_dense(torch.promote_types(dtype, torch.float32))  # rounded once
-            self.weight: Tensor = exact.to(dtype).contiguous()
-
-
-def formed(layer: Any) -> Tensor | None:
-    """W (m, n) of a `KroneckerLinear` that keeps it, from call to call, or None where the factors
-    are to be used: in training, under autograd, tracing or hooks.
-
-    For inference: a sum of many terms takes several times the multiply-adds of W, for every token.
-    """
-    if not layer.keeps_formed or layer.training:
-        return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    kept: Formed | None = layer.__dict__.get("_formed")
-    if kept is None or kept.owner is not layer._modules or not kept.unchanged():
-        layer.__dict__["_formed"] = None  # what it was goes first
-        if not can_keep(layer):
-            return None
-        kept = layer.__dict__["_formed"] = Formed(layer)
-    return kept.weight
-
-
-def can_keep(layer: Any) -> bool:
-    """Whether a layer is to keep W, and what is formed of its factors now will be right until one
-    of them changes.
-
-    Not where something else than their own numbers makes the product (hooks, adapters, quantised
-    inputs, offloading), nor where they are not real or don't count their changes.
-    """
-    if not layer.keeps_formed:
-        return False
-    if _get_current_dispatch_mode_stack():  # tensors without numbers, or operations are counted
-        return False
-    return all(group.is_plain or group.is_weight_only for group in layer.groups) and not any(
-        p.is_meta or p.is_inference() for p in layer.groups.parameters()
-    )
