@@ -23,6 +23,7 @@ from krony.hf.modeling import KroneckerConfig, form
 from krony.hf.plan import MatrixPlan, Plan, make_plan
 from krony.maths.schemes import SCHEMES, Factors
 from krony.measure.evaluate import perplexity
+from krony.nn.explain import explain
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "Plan",
     "calibration_windows",
     "compress",
+    "explain",
     "form",
     "heal",
     "load_model",

@@ -138,25 +138,25 @@ def test_a_layer_takes_it_for_few_tokens_only(monkeypatch):
 @compiled
 def test_what_it_leaves_to_torch():
     made, x = group((18, 20), (2, 2), 2), torch.randn(1, 40)
-    assert dispatch.run(made, x) is not None
+    assert dispatch.which(made, x) == "decode"
     with dispatch.restricted("torch"):
-        assert dispatch.run(made, x) is None
+        assert dispatch.which(made, x) == "torch"
     with torch.enable_grad():
-        assert dispatch.run(made, x) is None
+        assert dispatch.which(made, x) == "torch"
         made.requires_grad_(False)
-        assert dispatch.run(made, x) is not None
-        assert dispatch.run(made, x.clone().requires_grad_()) is None
+        assert dispatch.which(made, x) == "decode"
+        assert dispatch.which(made, x.clone().requires_grad_()) == "torch"
     with torch.autocast("cpu", torch.bfloat16):
-        assert dispatch.run(made, x) is None
-    assert dispatch.run(made, x.double()) is None
-    assert dispatch.run(made, x.bfloat16()) is None
+        assert dispatch.which(made, x) == "torch"
+    assert dispatch.which(made, x.double()) == "torch"
+    assert dispatch.which(made, x.bfloat16()) == "torch"
     traced = torch.jit.trace(made, x)
     torch.testing.assert_close(traced(2 * x), 2 * made(x), rtol=1e-4, atol=1e-4)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         made(x)
     assert counter.get_total_flops() > 0
     many = group((4, 4), (300, 300), 1)
-    assert dispatch.run(many, torch.randn(1, 1200)) is None
+    assert dispatch.which(many, torch.randn(1, 1200)) == "torch"
     step = torch.compile(made, backend="eager", fullgraph=True)
     torch.testing.assert_close(step(x), made(x), rtol=1e-4, atol=1e-4)
 
@@ -259,7 +259,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     made, x = group((18, 20), (2, 2), 1), torch.randn(1, 40)
-    assert dispatch.run(made, x) is None
+    assert dispatch.which(made, x) == "torch"
     assert not cpu_kernels.has_gelu(x)
     torch.testing.assert_close(made(x), x @ made.to_dense().T, rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ from krony.hf import checkpoints
 from krony.maths import schemes
 from krony.measure import evaluate, info
 from krony.measure.memory import keep_memory
+from krony.nn.explain import explain as explain_model
 from krony.text import data
 from krony.text.tokens import bos_of
 
@@ -159,9 +161,22 @@ def generate_command(
 
 @app.command("info")
 def info_command(
-    source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show which kernel takes each layer and MLP, and why."),
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="For --explain: tokens at once.")] = 1,
 ) -> None:
     """Per matrix: shapes, terms, parameters, norm kept; in total: parameters, bytes, the saving."""
+    if explain:
+        rows = explain_model(_load(source, None, None), tokens)
+        if as_json:
+            print(json.dumps([asdict(row) for row in rows], indent=2))
+        else:
+            out.print(tables.explain_table(rows, tokens))
+        return
     figures = info.model_info(checkpoints.load_model(source))
     if as_json:
         print(json.dumps(figures, indent=2))

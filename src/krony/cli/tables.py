@@ -15,6 +15,7 @@ from krony.maths.fit import is_low_rank
 from krony.maths.schemes import Factors
 from krony.measure.bench import times
 from krony.measure.evaluate import Perplexity
+from krony.nn.explain import Row, summary
 
 DENSE = "dense"
 
@@ -189,6 +190,24 @@ def info_table(info: dict[str, Any]) -> Table:
             percent(row["parameters"] / row["dense_parameters"]),
             "-" if kept is None else percent(kept),
         )
+    return made
+
+
+def explain_table(rows: list[Row], tokens: int) -> Table:
+    """A row a kind of module: the kernel that takes it, and why those before it do not."""
+    made = Table(
+        title=f"Kernels for {tokens:,} token{'s' if tokens > 1 else ''} at once",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for column in ("module", "how many", "kernel", "not these, because"):
+        made.add_column(column, overflow="fold")
+    for row in summary(rows):
+        kernel = f"{row.backend}: {row.how}" if row.how else row.backend
+        why = "\n".join(f"{name}: {reason}" for name, reason in row.why_not)
+        made.add_row(f"{row.name} ({row.kind})", str(row.count), kernel, why or "-")
     return made
 
 

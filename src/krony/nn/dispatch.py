@@ -2,7 +2,7 @@
 
 A kernel is a file and a row here. A row looks at what is to be multiplied by (`lower.Lowered`, or
 `LoweredMLP`) and at what is asked for (`Request`), and says why not, or nothing: then it takes it.
-Behind the last row stands the module's own forward, in torch. What was chosen is kept with the
+Where none does, it is the module's own forward. What was chosen is kept with the
 layer until a factor changes (`lower.keep`). Rows from outside come by `register`.
 """
 
@@ -20,7 +20,7 @@ from torch._C import (
 )
 
 from krony.errors import KronyError
-from krony.nn import switches
+from krony.nn import plain, switches
 from krony.nn.cpu import decode, fewer, hidden, tiles
 from krony.nn.gpu import few, mlp, operators
 from krony.nn.lower import Kept, NotPlainError, Once, Parts, keep, keep_mlp, of_layer, of_mlp, once
@@ -62,6 +62,7 @@ class Backend:
         prepare: what it wants to have ready, made once and kept until a factor changes.
         copies: whether that has numbers, not only where they are. Of factors that were made in
             inference mode, which do not count their changes, such a thing is not kept.
+        with_grad: tokens up to which it is asked at all where gradients are on.
         traces: whether torch.compile may trace it, where `prepare` is done for every call.
     """
 
@@ -70,32 +71,37 @@ class Backend:
     run: Callable[[Any, Tensor], Tensor | None]
     prepare: Callable[[Any], Any] = lambda lowered: lowered
     copies: bool = True
+    with_grad: float = 0
     traces: bool = False
 
 
+_few = operators.MAX_TOKENS
 _tables: dict[str, list[Backend]] = {
     "layer": [
-        Backend("decode", decode.can_take, decode.run, decode.Prepared, copies=False),
+        Backend("decode", decode.can_take, decode.run, decode.Prepared, False, with_grad=_few),
         Backend("fewer", fewer.can_take, fewer.run),
-        Backend("triton", few.can_take, few.run, traces=True),
+        Backend("triton", few.can_take, few.run, with_grad=_few, traces=True),
+        Backend("torch", plain.can_take, plain.run),
     ],
     "mlp": [
         Backend("triton", mlp.can_take, mlp.run, mlp.steps, traces=True),
-        Backend("decode", decode.can_take, decode.run, decode.Prepared, copies=False),
+        Backend("decode", decode.can_take, decode.run, decode.Prepared, False),
         Backend("tiles", tiles.can_take, tiles.run, tiles.plan),
         Backend("hidden", hidden.can_take, hidden.run),
     ],
 }
+# Tokens up to which any of them is to be asked where gradients are on.
+_asked = {unit: max(row.with_grad for row in rows) for unit, rows in _tables.items()}
 
 
 def table(unit: Unit) -> list[Backend]:
-    """The rows that may be used now, the first that can is taken; `torch` stands behind them.
+    """The rows that may be used now: the first that can is taken, or the module's own forward.
 
     Raises:
         KronyError: `KRONY_KERNELS` names a kernel that there is none of.
     """
     switches.check()
-    return [backend for backend in _tables[unit] if switches.allows(backend.name)]
+    return [row for row in _tables[unit] if row.name == "torch" or switches.allows(row.name)]
 
 
 def register(backend: Backend, unit: Unit = "layer", before: str | None = None) -> None:
@@ -107,36 +113,39 @@ def register(backend: Backend, unit: Unit = "layer", before: str | None = None) 
     Raises:
         KronyError: there is a row of its name, or none of the name `before`.
     """
-    rows = _tables[unit]
-    names = [row.name for row in rows]
-    if backend.name in names or backend.name == "torch":
+    names = [row.name for row in _tables[unit]]
+    if backend.name in names:
         raise KronyError(f"there is a kernel {backend.name!r} for a {unit}; choose another name")
-    if before not in (None, "torch", *names):
-        raise KronyError(
-            f"there is no kernel {before!r} for a {unit}; there are {', '.join((*names, 'torch'))}"
-        )
-    at = 0 if before is None else len(names) if before == "torch" else names.index(before)
-    rows.insert(at, backend)
+    if before is not None and before not in names:
+        raise KronyError(f"no kernel {before!r} for a {unit}; there are {', '.join(names)}")
+    _tables[unit].insert(0 if before is None else names.index(before), backend)
     switches.known.setdefault(backend.name, "registered from outside")
-    switches.changed()
+    _changed(unit)
 
 
 def unregister(name: str, unit: Unit = "layer") -> None:
     """Take a row out again. Raises `KronyError` where there is none of that name."""
-    rows = _tables[unit]
-    if name not in [row.name for row in rows]:
-        raise KronyError(f"there is no kernel {name!r} for a {unit}")
-    rows[:] = [row for row in rows if row.name != name]
+    rows = [row for row in _tables[unit] if row.name != name or name == "torch"]
+    if len(rows) == len(_tables[unit]):
+        raise KronyError(f"no kernel {name!r} for a {unit} that could be taken out")
+    _tables[unit] = rows
+    _changed(unit)
+
+
+def _changed(unit: Unit) -> None:
+    _asked[unit] = max(row.with_grad for row in _tables[unit])
     switches.changed()
 
 
 def refusals(
     unit: Unit, lowered: Any, request: Request
 ) -> tuple[Backend | None, list[tuple[str, str]]]:
-    """The row that takes it, or None for torch, and why those before it do not."""
+    """The row that takes it, or None for the module's own forward, and why others do not."""
     why: list[tuple[str, str]] = []
     for backend in table(unit):
-        reason = backend.can_take(lowered, request)
+        reason: str | None = "gradients are on"
+        if not request.grad or request.tokens <= backend.with_grad:
+            reason = backend.can_take(lowered, request)
         if reason is None:
             return backend, why
         why.append((backend.name, reason))
@@ -152,8 +161,9 @@ def run(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor | Non
     """
     if torch.compiler.is_compiling():
         return _traced("layer", layer, x, bias)
-    kept = keep(layer)
-    made = _by_choice("layer", kept, x)
+    if torch.is_grad_enabled() and x.numel() > _asked["layer"] * x.shape[-1]:
+        return None
+    made = _by_choice("layer", keep(layer), x)
     return made if made is None or bias is None else add(made, bias)
 
 
@@ -161,17 +171,33 @@ def run_mlp(mlp: nn.Module, x: Tensor, parts: Parts) -> Tensor | None:
     """The same of an MLP."""
     if torch.compiler.is_compiling():
         return _traced("mlp", mlp, x, None, parts)
+    if torch.is_grad_enabled() and x.numel() > _asked["mlp"] * x.shape[-1]:
+        return None
     return _by_choice("mlp", keep_mlp(mlp, parts), x)
 
 
-def _by_choice(unit: Unit, kept: Kept, x: Tensor) -> Tensor | None:
-    if kept.lowered is None:
-        return None
+def which(layer: nn.Module, x: Tensor) -> str:
+    """The name of the kernel that takes x (..., n) to a `KroneckerLinear` or a `KroneckerGroup`
+    now; "torch" as well for its own forward."""
+    kept = keep(layer)
+    request = _request(kept, x)
+    if request is None or kept.lowered is None:
+        return "torch"
+    backend, _ = refusals("layer", kept.lowered, request)
+    return "torch" if backend is None else backend.name
+
+
+def _request(kept: Kept, x: Tensor) -> Request | None:
     request = request_of(x)
-    if request is None:
+    if request is not None and request.grad:
+        wanted = x.requires_grad or any(tensor.requires_grad for tensor in kept.tensors)
+        return request._replace(learns=wanted)
+    return request
+
+
+def _by_choice(unit: Unit, kept: Kept, x: Tensor) -> Tensor | None:
+    if kept.lowered is None or (request := _request(kept, x)) is None:
         return None
-    if request.grad and (x.requires_grad or any(t.requires_grad for t in kept.tensors)):
-        request = request._replace(learns=True)
     if kept.version != switches.version or len(kept.choices) > MOST_CHOICES:
         kept.version, kept.choices = switches.version, {}
     try:

@@ -9,7 +9,7 @@ from torch import nn
 
 from krony.errors import KronyError
 from krony.nn import dispatch, mlp
-from krony.nn.lower import Lowered, keep, keep_mlp
+from krony.nn.lower import keep, keep_mlp
 from krony.runtime.layers import KroneckerLinear
 
 
@@ -93,31 +93,38 @@ def _of_mlp(name: str, module: nn.Module, tokens: int) -> Row:
 
 
 def _of_layer(name: str, layer: Any, tokens: int) -> list[Row]:
-    request, kept = _request(layer, tokens), keep(layer)
-    backend, why_not = _chosen("layer", kept.lowered, request, kept.why)
-    if backend != "torch":
-        return [Row(name, "layer", backend, "", why_not)]
-    if layer.formed() is not None:
-        return [Row(name, "layer", backend, "W, kept", why_not)]
-    if len(layer.groups) == 1:
-        return [Row(name, "layer", backend, _torch(layer.groups[0], tokens), why_not)]
-    rows = [Row(name, "layer", backend, "group by group", why_not)]
-    for number, group in enumerate(layer.groups):
-        kept = keep(group)
-        backend, why_not = _chosen("layer", kept.lowered, request, kept.why)
-        how = _torch(group, tokens) if backend == "torch" else ""
-        rows.append(Row(f"{name}.groups.{number}", "group", backend, how, why_not))
+    request = _request(layer, tokens)
+    rows = [_of_factors(name, "layer", layer, request)]
+    if rows[0].how == "group by group":
+        for number, group in enumerate(layer.groups):
+            rows.append(_of_factors(f"{name}.groups.{number}", "group", group, request))
     return rows
 
 
-def _torch(group: Any, tokens: int) -> str:
-    return "W, formed for the batch" if group.forms_dense(tokens) else "the factors"
+def _of_factors(
+    name: str, kind: Literal["layer", "group"], module: Any, request: dispatch.Request
+) -> Row:
+    kept = keep(module)
+    backend, why_not = _chosen("layer", kept.lowered, request, kept.why)
+    groups = kept.lowered.groups if kept.lowered is not None else getattr(module, "groups", [0])
+    how = ""
+    if backend == "torch" and len(groups) > 1:
+        how = "group by group"
+    elif backend == "torch" and kept.lowered is None:
+        how = "the factors"
+    elif backend == "torch" and kept.lowered.formed:
+        how = "W, kept"
+    elif backend == "torch":
+        how = "W, formed" if request.tokens > groups[0].dense_from else "the factors"
+    return Row(name, kind, backend, how, why_not)
 
 
 def _chosen(
-    unit: dispatch.Unit, lowered: Lowered | None, request: dispatch.Request, why: str | None
+    unit: dispatch.Unit, lowered: Any, request: dispatch.Request, why: str | None
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     if why is not None:
-        return "torch", tuple((backend.name, why) for backend in dispatch.table(unit))
+        rows = [backend.name for backend in dispatch.table(unit)]
+        return "torch", tuple((row, why) for row in rows if row != "torch")
     backend, why_not = dispatch.refusals(unit, lowered, request)
-    return ("torch" if backend is None else backend.name), tuple(why_not)
+    found = tuple((name, reason) for name, reason in why_not if name != "torch")
+    return ("torch" if backend is None else backend.name), found

@@ -51,7 +51,7 @@ def can_take(lowered: Lowered | LoweredMLP, request: Any) -> str | None:
         return str(request.special)
     if (most := MOST_ROWS.get(request.dtype)) is None:
         return "only float32 and bfloat16"
-    if request.learns or (request.grad and isinstance(lowered, LoweredMLP)):
+    if request.learns:
         return "gradients are wanted"
     groups = [group for matrix in lowered.matrices for group in matrix.groups]
     slices = max(group.slices for group in groups)

@@ -31,8 +31,6 @@ def can_take(lowered: Lowered, request: Any) -> str | None:
         return "only on a CPU"
     if request.special is not None:
         return str(request.special)
-    if request.grad:
-        return "gradients are wanted"
     if len(lowered.groups) > 1:
         return "a sum of several groups"
     if (strays := stray(lowered, request.dtype, request.device)) is not None:

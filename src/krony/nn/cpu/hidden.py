@@ -26,8 +26,6 @@ def can_take(mlp: LoweredMLP, request: Any) -> str | None:
         return str(request.special)
     if request.dtype not in cpu_kernels.NAMES:
         return "only float32 and bfloat16"
-    if request.grad:
-        return "gradients are wanted"
     if request.tokens < LEAST:
         return f"fewer than {LEAST} tokens"
     if all(matrix.is_dense for matrix in mlp.matrices):

@@ -216,8 +216,6 @@ def can_take(mlp: LoweredMLP, request: Any) -> str | None:
         return str(request.special)
     if request.dtype != torch.bfloat16:
         return "only bfloat16"
-    if request.grad:
-        return "gradients are wanted"
     if request.tokens < LEAST:
         return f"fewer than {LEAST} tokens"
     if not cpu_kernels.has_tiles():

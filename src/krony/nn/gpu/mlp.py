@@ -20,8 +20,6 @@ def can_take(mlp: LoweredMLP, request: Any) -> str | None:
     precision, many; no gradients."""
     if (reason := operators.unusable(request)) is not None:
         return reason
-    if request.grad:
-        return "gradients are wanted"
     many = request.tokens > operators.MAX_TOKENS
     if many and request.dtype.itemsize != 2:
         return f"more than {operators.MAX_TOKENS} tokens in float32"
