@@ -243,7 +243,9 @@ def _traced(
     tokens, grad = x.numel() // x.shape[-1], torch.is_grad_enabled()
     request = Request(tokens, x.dtype, x.device, grad, grad, special)
     for backend in _tables[unit]:
-        if backend.traces and backend.can_take(lowered, request) is None:
+        if not backend.traces or not switches.allows(backend.name):
+            continue
+        if backend.can_take(lowered, request) is None:
             made = backend.run(backend.prepare(lowered), x)
             return made if made is None or bias is None else add(made, bias)
     return None

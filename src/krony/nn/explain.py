@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from krony.errors import KronyError
-from krony.nn import dispatch, mlp
+from krony.nn import dispatch, mlp, switches
 from krony.nn.lower import keep, keep_mlp
 from krony.runtime.layers import KroneckerLinear
 
@@ -49,6 +49,7 @@ def explain(model: nn.Module, tokens: int = 1) -> list[Row]:
     """
     if tokens < 1:
         raise KronyError(f"a layer takes at least one token, not {tokens}")
+    switches.check()
     rows: list[Row] = []
     whole = "\0"  # the MLP that the last row takes as a whole
     for name, module in model.named_modules():
