@@ -55,6 +55,7 @@ class FormedByKron(nn.Module):
     def __init__(self, layer: krony.KroneckerLinear, large_first: bool) -> None:
         super().__init__()
         self.layer, self.large_first = layer, large_first
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         group = self.layer.groups[0]  # one group, of one term
