@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import lzma
 import math
 import os
 import shutil
@@ -110,12 +109,7 @@ class Study:
 
     def _load(self, name: str, source: str) -> None:
         most = self.args.evaluated
-        if source.endswith(".txt.xz"):
-            with lzma.open(source, "rt", encoding="utf-8", newline="") as file:
-                text = data.Text(name, file.read(), source)
-        else:
-            text = data.load_text(source)
-        self.ids[name] = evaluate.tokenize(self.tokenizer, text)[:most]
+        self.ids[name] = evaluate.tokenize(self.tokenizer, data.load_text(source))[:most]
         if source == "lambada" or source.endswith(".jsonl"):
             passages = data.load_passages(source)[0]
             self.passages[name] = passages if most is None else passages[: most // 100]
