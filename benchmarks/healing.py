@@ -21,7 +21,6 @@ import methods
 from krony.compression import calibrate
 from krony.compression.budget import make_budget_plan
 from krony.compression.factorise import DATA
-from krony.compression.limits import parse_count
 from krony.healing import curves
 from krony.healing.recipe import RECIPES, Recipe, Stage
 from krony.hf.checkpoints import write_json, write_text
@@ -29,6 +28,7 @@ from krony.measure import evaluate
 from krony.measure.memory import keep_memory
 from krony.text import blocks, data
 from krony.text.docstrings import installed, python_docstrings
+from krony.words import parse_count
 from records import RESULTS, parser, surroundings
 
 WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256

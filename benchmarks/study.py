@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 import krony
 import study_report
-from krony.compression.limits import parse_count
 from krony.healing.speed import fastest_dtype
 from krony.healing.training import Stopped
 from krony.hf.checkpoints import write_json
@@ -41,6 +40,7 @@ from krony.measure.bench import in_turn
 from krony.measure.memory import keep_memory
 from krony.measure.runtimes import Runner
 from krony.text import blocks, data
+from krony.words import parse_count
 from methods import CELLS, DENSE, DROPPED, SIZES, Cell, Methods
 from records import surroundings
 

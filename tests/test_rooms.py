@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "krony"
 # floor know nothing of each other.
 FLOORS: list[list[str]] = [
     ["errors", "runtime"],  # what travels without krony stands on nothing of it
+    ["words"],
     ["maths", "text"],
     ["nn"],
     ["hf"],
@@ -51,7 +52,7 @@ def _room(name: str) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_go_one_way(path):
     room = _room(_name(path))
-    if room in ("", "__main__"):  # the front door
+    if room in ("", "__main__", "moved"):  # the front door
         return
     assert room in FLOOR, f"{path} stands in no room"
     for name in _imported(path, all_of_it=True):

@@ -1,32 +1,61 @@
 """Krony: smaller transformers with Kronecker products.
 
 Importing it registers the loader: from then on `AutoModelForCausalLM.from_pretrained` reads
-factored models.
+factored models. The names below load what they need when they are first used, so that the import
+itself takes no time.
 """
 
-import logging
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# Where torchao is installed, transformers imports it, and it tells everyone of GPU libraries that
-# do not fit and of torch's deprecations: noise before every command.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
-from krony.compression.budget import BudgetPlan, make_budget_plan
-from krony.compression.calibrate import calibration_windows
-from krony.compression.factorise import INITS, compress
-from krony.compression.sequential import DataOptions
+from krony import moved
 from krony.errors import KronyError
-from krony.export.quantize import quantize
-from krony.healing.heal import HealConfig, HealRecord, heal
-from krony.hf.checkpoints import load_model, load_tokenizer, save_model
-from krony.hf.modeling import KroneckerConfig, form
-from krony.hf.plan import MatrixPlan, Plan, make_plan
-from krony.maths.schemes import SCHEMES, Factors
-from krony.measure.evaluate import perplexity
-from krony.nn.explain import explain
-from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
+from krony.hf import register
+
+if TYPE_CHECKING:
+    from krony.compression.budget import BudgetPlan, make_budget_plan
+    from krony.compression.calibrate import calibration_windows
+    from krony.compression.factorise import INITS, compress
+    from krony.compression.sequential import DataOptions
+    from krony.export.quantize import quantize
+    from krony.healing.heal import HealConfig, HealRecord, heal
+    from krony.hf.checkpoints import load_model, load_tokenizer, save_model
+    from krony.hf.modeling import KroneckerConfig, form
+    from krony.hf.plan import MatrixPlan, Plan, make_plan
+    from krony.maths.schemes import SCHEMES, Factors
+    from krony.measure.evaluate import perplexity
+    from krony.nn.explain import explain
+    from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 
 __version__ = "0.1.0"
+
+_MODULES = {  # of each public name; the imports above say the same to type checkers
+    "INITS": "compression.factorise",
+    "SCHEMES": "maths.schemes",
+    "BudgetPlan": "compression.budget",
+    "DataOptions": "compression.sequential",
+    "Factors": "maths.schemes",
+    "HealConfig": "healing.heal",
+    "HealRecord": "healing.heal",
+    "KroneckerConfig": "hf.modeling",
+    "KroneckerEmbedding": "nn.layers",
+    "KroneckerGroup": "nn.layers",
+    "KroneckerLinear": "nn.layers",
+    "MatrixPlan": "hf.plan",
+    "Plan": "hf.plan",
+    "calibration_windows": "compression.calibrate",
+    "compress": "compression.factorise",
+    "explain": "nn.explain",
+    "form": "hf.modeling",
+    "heal": "healing.heal",
+    "load_model": "hf.checkpoints",
+    "load_tokenizer": "hf.checkpoints",
+    "make_budget_plan": "compression.budget",
+    "make_plan": "hf.plan",
+    "perplexity": "measure.evaluate",
+    "quantize": "export.quantize",
+    "save_model": "hf.checkpoints",
+}
 
 __all__ = [
     "INITS",
@@ -56,3 +85,21 @@ __all__ = [
     "quantize",
     "save_model",
 ]
+
+register.install()
+moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found = getattr(importlib.import_module(f"krony.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found
+    if name in moved.MODULES:
+        globals()[name] = module = moved.find(name, 2)
+        return module
+    raise AttributeError(f"module 'krony' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

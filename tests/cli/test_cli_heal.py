@@ -8,7 +8,6 @@ import transformers as hf
 
 import krony
 from helpers import healing_inputs, logits
-from krony.cli import heal as cli_heal
 from krony.healing.training import Stopped
 from krony.text import blocks
 
@@ -72,7 +71,7 @@ def test_a_stopped_run_says_how_to_go_on(heal, inputs, tmp_path, monkeypatch):
     def stop(*_: object, **__: object) -> None:
         raise Stopped("stopped by signal 15 after step 3 of 8", 15)
 
-    monkeypatch.setattr(cli_heal, "heal", stop)
+    monkeypatch.setattr("krony.healing.heal.heal", stop)
     code, _, err = heal()
     assert (code, "stopped by signal 15 after step 3 of 8" in err) == (143, True)
     assert not (tmp_path / "healed").exists()

@@ -10,11 +10,11 @@ import pytest
 import krony
 from krony.cli import heal as cli_heal
 from krony.compression import budget, calibrate
-from krony.compression.limits import parse_count
 from krony.maths import fit
 from krony.maths.schemes import SCHEMES
 from krony.measure import bench
 from krony.text import data, docstrings
+from krony.words import parse_count
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

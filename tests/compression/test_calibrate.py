@@ -10,10 +10,11 @@ from krony import Factors, KroneckerLinear, KronyError, MatrixPlan, Plan, compre
 from krony.compression import budget as budgets
 from krony.compression import calibrate as calibration
 from krony.compression.budget import make_budget_plan
-from krony.compression.limits import Candidate, choose, parse_count
+from krony.compression.limits import Candidate, choose
 from krony.compression.sequential import DataOptions, _writes_the_stream
 from krony.hf import replay
 from krony.hf.families import blocks, dense_weight, find_targets
+from krony.words import parse_count
 
 WINDOWS = torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(1))
 

@@ -7,22 +7,19 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import transformers
 import typer
 
+from krony import words
 from krony.cli import tables
 from krony.cli.bench import bench_command
 from krony.cli.compress import compress_command, plan_command
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
 from krony.cli.options import (
-    AS_IT_HAS,
     Bos,
     Device,
-    Dtype,
     DtypeOption,
     JsonFile,
     Source,
@@ -31,13 +28,10 @@ from krony.cli.options import (
     progress_bar,
 )
 from krony.errors import KronyError
-from krony.hf import checkpoints
 from krony.maths import schemes
-from krony.measure import evaluate, info
-from krony.measure.memory import keep_memory
-from krony.nn.explain import explain as explain_model
-from krony.text import data
-from krony.text.tokens import bos_of
+
+if TYPE_CHECKING:
+    import transformers
 
 app = typer.Typer(
     help="Smaller transformers with Kronecker products.",
@@ -100,26 +94,33 @@ def evaluate_command(
     data_name: Annotated[
         str,
         typer.Option(
-            "--data", help=f"{', '.join(data.TEXTS)}, a file, a folder, or owner/set:name:split."
+            "--data", help=f"{', '.join(words.TEXTS)}, a file, a folder, or owner/set:name:split."
         ),
     ] = "wikitext2",
     window: Annotated[int | None, typer.Option(help="Default: 1024, or the context.")] = None,
     stride: Annotated[int | None, typer.Option(help="Default: the window.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere.")
+        words.Dtype | None,
+        typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere."),
     ] = None,
     device: Device = None,
-    bos: Bos = AS_IT_HAS,
+    bos: Bos = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity on a text, token-weighted, with its protocol."""
+    from krony.hf import checkpoints
+    from krony.measure import evaluate
+    from krony.measure.memory import keep_memory
+    from krony.text import data
+    from krony.text.tokens import bos_of
+
     keep_memory()
     text = data.load_text(data_name)
     results = {}
     for name in [source] if against is None else [source, against]:
         model = _load(name, dtype, device)
         tokenizer = checkpoints.load_tokenizer(name)
-        ids = evaluate.tokenize(tokenizer, text, bos.value)
+        ids = evaluate.tokenize(tokenizer, text, bos)
         with progress_bar() as bar:
             task = bar.add_task(name, total=None)
             results[name] = evaluate.perplexity(
@@ -129,7 +130,7 @@ def evaluate_command(
                 window,
                 stride,
                 lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
-                bos_of(tokenizer, bos.value),
+                bos_of(tokenizer, bos),
             )
     out.print(tables.perplexity_table(results))
     if json_file is not None:
@@ -154,6 +155,9 @@ def generate_command(
     device: Device = None,
 ) -> None:
     """Let a model go on from a prompt."""
+    from krony.hf import checkpoints
+    from krony.measure import evaluate
+
     model, tokenizer = _load(source, dtype, device), checkpoints.load_tokenizer(source)
     text = evaluate.generate(model, tokenizer, prompt, max_new_tokens, temperature, seed)
     out.print(text, markup=False, soft_wrap=True)
@@ -171,12 +175,17 @@ def info_command(
 ) -> None:
     """Per matrix: shapes, terms, parameters, norm kept; in total: parameters, bytes, the saving."""
     if explain:
+        from krony.nn.explain import explain as explain_model
+
         rows = explain_model(_load(source, None, None), tokens)
         if as_json:
             print(json.dumps([asdict(row) for row in rows], indent=2))
         else:
             out.print(tables.explain_table(rows, tokens))
         return
+    from krony.hf import checkpoints
+    from krony.measure import info
+
     figures = info.model_info(checkpoints.load_model(source))
     if as_json:
         print(json.dumps(figures, indent=2))
@@ -212,10 +221,16 @@ def demo_command(
     out.print(f"\nWrote {output / 'demo.json'} and {output / 'demo.png'}")
 
 
-def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.PreTrainedModel:
+def _load(
+    source: str, dtype: words.Dtype | None, device: str | None
+) -> "transformers.PreTrainedModel":
+    import torch
+
+    from krony.hf import checkpoints
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is not None:
-        return checkpoints.load_model(source, checkpoints.DTYPES[dtype.value], device)
+        return checkpoints.load_model(source, checkpoints.DTYPES[dtype], device)
     # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
     wanted = torch.float32 if device == "cpu" else None
     return checkpoints.load_model(source, wanted, device)
@@ -224,10 +239,12 @@ def _load(source: str, dtype: Dtype | None, device: str | None) -> transformers.
 def main() -> None:
     """Run a command; bad input ends in one sentence and exit code 2."""
     # krony speaks for itself: transformers' loading bars and hints would bury its output.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if (loaded := sys.modules.get("transformers")) is not None:
+        loaded.logging.set_verbosity_error()
+        loaded.logging.disable_progress_bar()
     warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
     try:
         app()

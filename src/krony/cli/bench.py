@@ -2,14 +2,11 @@
 
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from krony import words
 from krony.cli import tables
-from krony.cli.options import Device, Dtype, JsonFile, Source, out, progress_bar
-from krony.hf import checkpoints
-from krony.measure.bench import bench
-from krony.measure.memory import keep_memory
+from krony.cli.options import Device, JsonFile, Source, out, progress_bar
 
 
 def bench_command(
@@ -19,7 +16,8 @@ def bench_command(
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere.")
+        words.Dtype | None,
+        typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's.")] = None,
     compiled: Annotated[
@@ -30,6 +28,12 @@ def bench_command(
     json_file: JsonFile = None,
 ) -> None:
     """Speed, memory and bytes of a model against the dense one, and against the machine."""
+    import torch
+
+    from krony.hf import checkpoints
+    from krony.measure.bench import bench
+    from krony.measure.memory import keep_memory
+
     keep_memory()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar() as bar:
@@ -38,7 +42,7 @@ def bench_command(
             source,
             against,
             device,
-            dtype.value if dtype else None,
+            dtype,
             threads,
             compiled,
             seed,

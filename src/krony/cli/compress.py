@@ -1,39 +1,21 @@
 """`krony plan` and `krony compress`, and the options that say which matrix gets which factors."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
 import typer
 
+from krony import words
 from krony.cli import tables
-from krony.cli.options import (
-    AS_IT_HAS,
-    Bos,
-    Destination,
-    DtypeOption,
-    JsonFile,
-    Source,
-    out,
-    progress_bar,
-)
-from krony.compression import calibrate, limits
-from krony.compression.budget import BudgetPlan, make_budget_plan
-from krony.compression.factorise import DATA, INITS, compress
+from krony.cli.options import Bos, Destination, DtypeOption, JsonFile, Source, out, progress_bar
 from krony.errors import KronyError
-from krony.hf import checkpoints
-from krony.hf.families import SETS
-from krony.hf.plan import Plan, make_plan, parse_layers, parse_shape
-from krony.maths.kron import LAYOUTS
-from krony.measure import info
 
-Init = StrEnum("Init", {name: name for name in (*INITS, DATA)})  # type: ignore[misc]
-ObjectiveName = StrEnum("ObjectiveName", {o: o for o in limits.OBJECTIVES})  # type: ignore[misc]
-LayoutName = StrEnum("LayoutName", {name: name for name in LAYOUTS})  # type: ignore[misc]
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
-DEFAULT_LAYOUT, DEFAULT_INIT = LayoutName(LAYOUTS[0]), Init("van-loan")
+    from krony.compression.budget import BudgetPlan
+    from krony.hf.plan import Plan
 
 Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
 ShapeText = Annotated[
@@ -48,11 +30,11 @@ Layers = Annotated[str | None, typer.Option(help="Blocks to change: 0,2-5. Defau
 TargetText = Annotated[
     str | None,
     typer.Option(
-        help=f"Of {', '.join(SETS)}, or patterns of module names, by commas. Default: mlp."
+        help=f"Of {', '.join(words.TARGETS)}, or patterns of module names, by commas. Default: mlp."
     ),
 ]
 LayoutOption = Annotated[
-    LayoutName, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
+    words.Layout, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
 ]
 Share = Annotated[
     float | None,
@@ -65,7 +47,7 @@ Flops = Annotated[
     float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
 ]
 Objective = Annotated[
-    ObjectiveName | None,
+    words.Objective | None,
     typer.Option(help="What else gets that share: decode (time a token), throughput (flops)."),
 ]
 Calibration = Annotated[
@@ -84,14 +66,14 @@ def plan_command(
     scalars: Scalars = False,
     layers: Layers = None,
     target: TargetText = None,
-    layout: LayoutOption = DEFAULT_LAYOUT,
+    layout: LayoutOption = "small-outer",
     share: Share = None,
     params: Params = None,
     flops: Flops = None,
     objective: Objective = None,
-    calibration: Calibration = calibrate.SELF,
+    calibration: Calibration = words.SELF,
     windows: Windows = 128,
-    bos: Bos = AS_IT_HAS,
+    bos: Bos = "auto",
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -99,13 +81,17 @@ def plan_command(
 
     The file that --json writes is what compress --plan reads.
     """
+    from krony.compression import calibrate
+    from krony.hf import checkpoints
+    from krony.measure import info
+
     budget = _budget(share, params, flops, objective, target)
     _check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
     if budget:
         tokenizer = checkpoints.find_tokenizer(source)
         tokens = calibrate.calibration_windows(
-            calibration, model, tokenizer, windows, seed=seed, bos=bos.value
+            calibration, model, tokenizer, windows, seed=seed, bos=bos
         )
         found = _find(model, tokens, budget, seed)
         plan = found.plan
@@ -131,22 +117,28 @@ def compress_command(
     scalars: Scalars = False,
     layers: Layers = None,
     target: TargetText = None,
-    layout: LayoutOption = DEFAULT_LAYOUT,
+    layout: LayoutOption = "small-outer",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
     share: Share = None,
     params: Params = None,
     flops: Flops = None,
     objective: Objective = None,
     init: Annotated[
-        Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
+        words.Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
     ] = None,
-    calibration: Calibration = calibrate.SELF,
+    calibration: Calibration = words.SELF,
     windows: Windows = 128,
-    bos: Bos = AS_IT_HAS,
+    bos: Bos = "auto",
     dtype: DtypeOption = None,
     seed: Seed = 0,
 ) -> None:
     """Factor a model and write it to a directory that from_pretrained loads."""
+    from krony.compression import calibrate
+    from krony.compression.factorise import DATA, compress
+    from krony.hf import checkpoints
+    from krony.hf.plan import Plan
+    from krony.measure import info
+
     checkpoints.check_destination(destination)
     budget = _budget(share, params, flops, objective, target)
     _check_one_way(plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers)
@@ -156,11 +148,11 @@ def compress_command(
     plan = None if plan_file is None else Plan.read(plan_file)
     # Which hidden units a plan takes out only data can say.
     by_data = bool(budget) or (plan is not None and any(m.narrowed for m in plan.matrices))
-    method = init.value if init else (DATA if by_data else DEFAULT_INIT.value)
+    method = init or (DATA if by_data else "van-loan")
     tokens = found = None
     if budget or method == DATA:
         tokens = calibrate.calibration_windows(
-            calibration, model, tokenizer, windows, seed=seed, bos=bos.value
+            calibration, model, tokenizer, windows, seed=seed, bos=bos
         )
     if budget and tokens is not None:
         found = _find(model, tokens, budget, seed)
@@ -180,7 +172,7 @@ def compress_command(
             progress=lambda *_: bar.advance(task),
         )
     if dtype is not None:
-        model.to(checkpoints.DTYPES[dtype.value])  # type: ignore[arg-type]
+        model.to(checkpoints.DTYPES[dtype])  # type: ignore[arg-type]
     checkpoints.save_model(model, destination, tokenizer)
     out.print(tables.saving(before, plan))
     out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
@@ -193,7 +185,7 @@ def _budget(
     share: float | None,
     params: str | None,
     flops: float | None,
-    objective: ObjectiveName | None,
+    objective: words.Objective | None,
     target: str | None,
 ) -> dict[str, Any]:
     """What `make_budget_plan` is asked for; nothing where no budget is given."""
@@ -203,11 +195,11 @@ def _budget(
         return {}
     return {
         "share": share,
-        "parameters": limits.parse_count(params),
+        "parameters": words.parse_count(params),
         "flops": flops,
         # A size for the whole model leaves it open where to save.
         "target": target or ("mlp" if params is None else "everything"),
-        "objective": objective.value if objective else "size",
+        "objective": objective or "size",
     }
 
 
@@ -223,8 +215,13 @@ def _check_one_way(
 
 
 def _find(
-    model: transformers.PreTrainedModel, tokens: torch.Tensor, budget: dict[str, Any], seed: int
-) -> BudgetPlan:
+    model: "transformers.PreTrainedModel",
+    tokens: "torch.Tensor",
+    budget: dict[str, Any],
+    seed: int,
+) -> "BudgetPlan":
+    from krony.compression.budget import make_budget_plan
+
     with progress_bar() as bar:
         task = bar.add_task("Planning", total=None)
         return make_budget_plan(
@@ -236,12 +233,12 @@ def _find(
         )
 
 
-def _harm(found: BudgetPlan) -> str:
+def _harm(found: "BudgetPlan") -> str:
     return f"Predicted harm of this plan: {found.harm:.4f} nats a token."
 
 
 def _plan(
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     scheme: str | None,
     shape: str | None,
     small: str | None,
@@ -250,7 +247,9 @@ def _plan(
     layers: str | None,
     target: str | None,
     layout: Any,
-) -> Plan:
+) -> "Plan":
+    from krony.hf.plan import make_plan, parse_layers, parse_shape
+
     return make_plan(
         model,
         scheme=scheme,
@@ -260,5 +259,5 @@ def _plan(
         scalars=scalars,
         layers=parse_layers(layers),
         target=target or "mlp",
-        layout=layout.value,
+        layout=layout,
     )

@@ -1,53 +1,41 @@
 """krony quantize and krony export: a model for other uses."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import typer
 
+from krony import words
 from krony.cli import tables
 from krony.cli.options import Destination, DtypeOption, Source, out
 from krony.errors import KronyError
-from krony.export.onnx import onnx
-from krony.export.quantize import quantize
-from krony.export.self_contained import self_contained
-from krony.hf import checkpoints
-from krony.hf.modeling import config_of, quantised_of
-from krony.measure import info
-from krony.nn.packing import FORMS
 
-Quantity = StrEnum("Quantity", {form: form for form in FORMS})  # type: ignore[misc]
-DEFAULT_QUANTITY = Quantity(FORMS[0])
-
-
-class Form(StrEnum):
-    """What `krony export` can write."""
-
-    dense = "dense"
-    onnx = "onnx"
-    self_contained = "self-contained"
+Form = Literal["dense", "onnx", "self-contained"]
 
 
 def quantize_command(
     source: Source,
     destination: Destination,
     to: Annotated[
-        Quantity,
+        words.Quantity,
         typer.Option(
             help="int8: weights, a scale a row; int8-dynamic: inputs too, while the model runs; "
             "int4: weights, a scale for about 32 numbers."
         ),
-    ] = DEFAULT_QUANTITY,
+    ] = "int8",
     dtype: DtypeOption = None,
 ) -> None:
     """Quantise the large factors of a factored model, or the MLPs of a dense one, with torchao."""
+    from krony.export.quantize import quantize
+    from krony.hf import checkpoints
+    from krony.hf.modeling import quantised_of
+    from krony.measure import info
+
     checkpoints.check_destination(destination)
     tokenizer = checkpoints.find_tokenizer(source)
-    wanted = checkpoints.DTYPES[dtype.value] if dtype else None
+    wanted = checkpoints.DTYPES[dtype] if dtype else None
     model = checkpoints.load_model(source, wanted)
     before = info.model_bytes(model)
-    quantize(model, to.value)
+    quantize(model, to)
     checkpoints.save_model(model, destination, tokenizer)
     quantised = quantised_of(model)
     assert quantised is not None
@@ -55,7 +43,7 @@ def quantize_command(
         out.print(f"{name} stays as it is: {reason}", markup=False)
     size = tables.megabytes(checkpoints.directory_bytes(destination))
     out.print(
-        f"Wrote {destination}: {len(quantised.matrices)} matrices in {to.value}, the parameters "
+        f"Wrote {destination}: {len(quantised.matrices)} matrices in {to}, the parameters "
         f"{tables.megabytes(before)} before, {tables.megabytes(info.model_bytes(model))} now, "
         f"{size} on disk"
     )
@@ -70,29 +58,37 @@ def export_command(
             help="dense: an ordinary Hugging Face model; onnx: the factored graph; self-contained: "
             "with the code that loads it where krony is not installed."
         ),
-    ] = Form.dense,
+    ] = "dense",
     dtype: DtypeOption = None,
 ) -> None:
     """Write a model for where krony is not installed."""
+    import torch
+
+    from krony.export.onnx import onnx
+    from krony.export.self_contained import self_contained
+    from krony.hf import checkpoints
+    from krony.hf.modeling import config_of
+    from krony.measure import info
+
     checkpoints.check_destination(destination)
     tokenizer = checkpoints.find_tokenizer(source)
-    wanted = checkpoints.DTYPES[dtype.value] if dtype else None
-    if to is Form.onnx:
+    wanted = checkpoints.DTYPES[dtype] if dtype else None
+    if to == "onnx":
         model = checkpoints.load_model(source, wanted or torch.float32)
         difference = onnx(model, destination, tokenizer)
         size = tables.megabytes(checkpoints.directory_bytes(destination, "model.onnx*"))
         out.print(
-            f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}; "
+            f"Wrote {destination}: {to}, {info.parameters(model):,} parameters, {size}; "
             f"logits in onnxruntime and torch differ by {difference:.1e} at most"
         )
         return
-    model = checkpoints.load_model(source, wanted if to is Form.self_contained else None)
+    model = checkpoints.load_model(source, wanted if to == "self-contained" else None)
     if config_of(model) is None:
         raise KronyError(f"{source} is a dense model already; there is nothing to fold")
-    if to is Form.dense:
+    if to == "dense":
         model.dequantize(wanted)
         checkpoints.save_model(model, destination, tokenizer)
     else:
         self_contained(model, destination, tokenizer)
     size = tables.megabytes(checkpoints.directory_bytes(destination))
-    out.print(f"Wrote {destination}: {to.value}, {info.parameters(model):,} parameters, {size}")
+    out.print(f"Wrote {destination}: {to}, {info.parameters(model):,} parameters, {size}")

@@ -2,39 +2,21 @@
 
 import os
 import shutil
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import datasets
-import torch
 import typer
-from accelerate import PartialState
 
-from krony.cli.options import AS_IT_HAS, Bos, Destination, Device, Source, err, out, progress_bar
-from krony.compression.calibrate import SELF, sample
-from krony.compression.limits import parse_count
+from krony import words
+from krony.cli.options import Bos, Destination, Device, Source, err, out, progress_bar
 from krony.errors import KronyError
-from krony.healing import curves
-from krony.healing.heal import HealConfig, HealRecord, heal
-from krony.healing.recipe import RECIPES
-from krony.hf import checkpoints
-from krony.hf.modeling import config_of
-from krony.hf.probes import rows
-from krony.measure import evaluate
-from krony.measure.memory import keep_memory
-from krony.text import blocks as blocks_module
-from krony.text.blocks import Blocks
+from krony.words import parse_count
 
-RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
-DEFAULT_RECIPE = RecipeName("default")
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
-
-class Freeze(StrEnum):
-    """What `--freeze` can leave as it is."""
-
-    none = "none"
-    dense = "dense"
+    from krony.healing.heal import HealConfig, HealRecord
+    from krony.text.blocks import Blocks
 
 
 def heal_command(
@@ -54,7 +36,7 @@ def heal_command(
         typer.Option(help="ce, kl, features, or a sum such as ce+kl. Default: recipe's."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the KL divergence.")] = 1.0,
-    recipe: Annotated[RecipeName, typer.Option(help="krony-pt is the paper's.")] = DEFAULT_RECIPE,
+    recipe: Annotated[words.Recipe, typer.Option(help="krony-pt is the paper's.")] = "default",
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Instead of the recipe's.")
     ] = None,
@@ -65,7 +47,7 @@ def heal_command(
     reconstruct: Annotated[
         int, typer.Option(help="First fit each MLP to the teacher's by so many steps: 300.")
     ] = 0,
-    freeze: Annotated[Freeze, typer.Option(help="dense: train the factors only.")] = Freeze.none,
+    freeze: Annotated[words.Freeze, typer.Option(help="dense: train the factors only.")] = "none",
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out text. Default: 1 % of the training blocks.")
     ] = None,
@@ -91,24 +73,34 @@ def heal_command(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
     log_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, …")] = "none",
-    bos: Bos = AS_IT_HAS,
+    bos: Bos = "auto",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
 ) -> None:
     """Train a compressed model on; with --teacher towards the dense model's predictions."""
+    import datasets
+    import torch
+
+    from krony.healing.heal import HealConfig, heal
+    from krony.hf import checkpoints
+    from krony.hf.probes import rows
+    from krony.measure import evaluate
+    from krony.measure.memory import keep_memory
+    from krony.text import blocks as blocks_module
+
     keep_memory()
     state = _processes(device)
     checkpoints.check_destination(destination)
     run = destination.with_name(destination.name + ".run")
     config = HealConfig(
         tokens=parse_count(tokens, "--tokens") or 0,
-        recipe=recipe.value,
+        recipe=recipe,
         loss=loss,
         temperature=temperature,
         learning_rate=learning_rate,
         batch_tokens=parse_count(batch_tokens, "--batch-tokens"),
         reconstruct=reconstruct,
-        freeze=freeze.value,
+        freeze=freeze,
         eval_every=parse_count(eval_every, "--eval-every"),
         save_minutes=save_minutes,
         keep=keep,
@@ -134,7 +126,7 @@ def heal_command(
     datasets.disable_progress_bars()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{destination}.logs")
     with state.main_process_first():
-        how: dict[str, Any] = {"bos": bos.value, "vocabulary": rows(model)}
+        how: dict[str, Any] = {"bos": bos, "vocabulary": rows(model)}
         training = _training(data, tokenizer, dense, config, window, streaming, seed, how)
         if eval_data is None:
             training, held_out = blocks_module.hold_out(training)
@@ -187,8 +179,11 @@ def heal_command(
     state.wait_for_everyone()
 
 
-def _processes(device: str | None) -> PartialState:
+def _processes(device: str | None) -> "PartialState":
     """The processes that a launcher started, or this one alone; on the CPU if asked for."""
+    import torch
+    from accelerate import PartialState
+
     cpu = device == "cpu" or not torch.cuda.is_available()
     if device not in (None, "cpu", "cuda"):
         raise KronyError(
@@ -205,12 +200,15 @@ def _training(
     names: list[str],
     tokenizer: Any,
     teacher: Any,
-    config: HealConfig,
+    config: "HealConfig",
     window: int,
     streaming: bool,
     seed: int,
     how: dict[str, Any],
-) -> Blocks:
+) -> "Blocks":
+    from krony.compression.calibrate import SELF, sample
+    from krony.text import blocks as blocks_module
+
     if SELF not in names:
         return blocks_module.load_blocks(
             names, tokenizer, window, streaming=streaming, seed=seed, **how
@@ -221,8 +219,16 @@ def _training(
 
 
 def _write(
-    model: Any, destination: Path, tokenizer: Any, record: HealRecord, names: list[str]
+    model: Any, destination: Path, tokenizer: Any, record: "HealRecord", names: list[str]
 ) -> None:
+    from accelerate import PartialState
+
+    from krony.healing import curves
+    from krony.hf import checkpoints
+    from krony.hf.modeling import config_of
+    from krony.measure import evaluate
+    from krony.text.blocks import describe
+
     figures = {
         "data": names,
         "settings": record.settings,
@@ -237,7 +243,7 @@ def _write(
     provenance = config_of(model)
     if provenance is not None:
         provenance.provenance["healed"] = {"data": names, **record.settings}
-        read = [blocks_module.describe(name) for name in names if name != SELF]
+        read = [describe(name) for name in names if name != words.SELF]
         texts = [*provenance.provenance.get("texts", []), *({**t, "use": "healing"} for t in read)]
         if texts:
             provenance.provenance["texts"] = texts

@@ -1,7 +1,6 @@
 """What the commands share: the two consoles, the progress bar, and options of more than one."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,25 +8,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from krony.hf import checkpoints
-from krony.text.tokens import BOS
+from krony import words
 
 # Wide when not a terminal: a table that is piped into a file must not be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Dtype = StrEnum("Dtype", list(checkpoints.DTYPES))  # type: ignore[misc]
-
 Source = Annotated[str, typer.Argument(help="A Hub name, a model directory, or demo.")]
 Destination = Annotated[Path, typer.Argument(help="A directory that does not exist yet.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
-BosName = StrEnum("BosName", list(BOS))  # type: ignore[misc]
+DtypeOption = Annotated[words.Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
 Bos = Annotated[
-    BosName,
+    words.Bos,
     typer.Option("--bos", help="The token that begins a text, in front of every window."),
 ]
-AS_IT_HAS = BosName("auto")
 Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
 
 

@@ -3,19 +3,19 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 
-from krony.compression.limits import READ
-from krony.hf.families import Target
-from krony.hf.plan import Plan, matrix_plan
-from krony.maths.fit import is_low_rank
 from krony.maths.schemes import Factors
-from krony.measure.bench import times
-from krony.measure.evaluate import Perplexity
-from krony.nn.explain import Row, summary
+
+if TYPE_CHECKING:
+    import torch
+
+    from krony.hf.families import Target
+    from krony.hf.plan import Plan
+    from krony.measure.evaluate import Perplexity
+    from krony.nn.explain import Row
 
 DENSE = "dense"
 
@@ -56,7 +56,7 @@ def narrowed_text(shape: Any, dense_shape: Any) -> str:
     return f"{sides(shape)} of {sides(dense_shape)}"
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: "Plan") -> Table:
     """A row a matrix: shapes, terms, parameters, multiply-adds."""
     made = table("Plan", "matrix", "shape", "terms x large by small", "rank", "parameters", "share")
     made.add_column("multiply-adds", justify="right")
@@ -81,7 +81,7 @@ def _share(cost: float, dense: float) -> str:
     return percent(cost / dense) if dense else "-"  # an embedding that is only looked up
 
 
-def saving(before: int, plan: Plan) -> str:
+def saving(before: int, plan: "Plan") -> str:
     """What a plan does to a model of `before` parameters, in two lines."""
     after = before - sum(m.saved for m in plan.matrices)
     return (
@@ -92,13 +92,16 @@ def saving(before: int, plan: Plan) -> str:
     )
 
 
-def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table:
+def costs_table(plan: "Plan", kept: Sequence["Target"], dtype: "torch.dtype") -> Table:
     """What a plan costs in each currency, and which structures it takes how often.
 
     Args:
         kept: targets that stay dense, which the plan does not list.
         dtype: of the model, for bytes.
     """
+    from krony.compression.limits import READ
+    from krony.hf.plan import matrix_plan
+
     whole = [*plan.matrices, *(matrix_plan(t, ()) for t in kept)]
     counts = Counter(structure(m.groups, m.narrowed) for m in whole)
     kinds = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
@@ -133,6 +136,8 @@ def costs_table(plan: Plan, kept: Sequence[Target], dtype: torch.dtype) -> Table
 
 def structure(groups: Sequence[Factors], narrowed: bool = False) -> str:
     """The kind of the factors of one matrix: low rank, one term, or a sum, with the small side."""
+    from krony.maths.fit import is_low_rank
+
     names = [] if groups else [DENSE]
     for g in groups:
         if is_low_rank(g):
@@ -193,8 +198,10 @@ def info_table(info: dict[str, Any]) -> Table:
     return made
 
 
-def explain_table(rows: list[Row], tokens: int) -> Table:
+def explain_table(rows: list["Row"], tokens: int) -> Table:
     """A row a kind of module: the kernel that takes it, and why those before it do not."""
+    from krony.nn.explain import summary
+
     made = Table(
         title=f"Kernels for {tokens:,} token{'s' if tokens > 1 else ''} at once",
         title_justify="left",
@@ -211,7 +218,7 @@ def explain_table(rows: list[Row], tokens: int) -> Table:
     return made
 
 
-def perplexity_table(results: dict[str, Perplexity]) -> Table:
+def perplexity_table(results: dict[str, "Perplexity"]) -> Table:
     """A row a model, all on one text."""
     first = next(iter(results.values()))
     made = table(
@@ -271,6 +278,8 @@ def demo_table(record: dict[str, Any]) -> Table:
 
 def bench_table(record: dict[str, Any], absolute: bool) -> Table:
     """A row a measurement of `krony bench`; `absolute` times mean something on a GPU only."""
+    from krony.measure.bench import times
+
     models, settings = record["models"], record["settings"]
     names = [_role(record, role) for role in models]
     title = f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads"

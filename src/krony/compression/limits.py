@@ -164,15 +164,3 @@ def choose(
             f"({', '.join(f'{limit:,.0f} {name}' for name, limit in most.items())}); give more"
         )
     return [c for c, taken in zip(flat, solution.x, strict=True) if taken > 0.5]
-
-
-def parse_count(text: str | None, option: str = "--params") -> int | None:
-    """81,972,576 from "81972576" or 81 million from "81M". Raises `KronyError`."""
-    if text is None:
-        return None
-    units = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-    number, unit = text[:-1], units.get(text[-1:].lower())
-    try:
-        return int(float(number) * unit) if unit else int(text)
-    except ValueError:
-        raise KronyError(f"{option} {text!r} is no count; write for example 81M") from None

@@ -16,7 +16,6 @@ They differ by a fixed reordering of rows and columns.
 
 from collections.abc import Sequence
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -158,6 +157,8 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factors is column order[j] of [I, free], as `runtime.layers.fill` puts it together.
     Source: interpolative decompositions, Cheng, Gimbutas, Martinsson and Rokhlin 2005.
     """
+    import scipy.linalg  # not with the file: it takes longer than all of the package
+
     terms, shape = large.shape[0], large.shape
     basis, mix = torch.linalg.qr(small.double().flatten(1).T)  # small = mixᵀ basisᵀ
     _, pivots = scipy.linalg.qr(basis.T.cpu().numpy(), mode="r", pivoting=True)
