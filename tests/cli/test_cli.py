@@ -200,7 +200,7 @@ BAD = {
     ),
     "nothing chosen": (["plan", "demo"], "give one of a scheme, a shape or a small shape"),
     "scheme of another size": (["plan", "demo", "--scheme", "81M"], "--small 2x2 --terms 1"),
-    "nan": (["compress", "{nan}", "{dst}", "--small", "2x2"], "has 1 NaN or Inf among its 4096"),
+    "nan": (["compress", "{nan}", "{dst}", "--small", "2x2"], "has 1 NaN or Inf among its 4,096"),
     "empty text": (["evaluate", "demo", "--data", "{empty}"], "is empty"),
     "short text": (["evaluate", "demo", "--data", "{short}"], "fewer than one window of 256"),
     "no such text": (["evaluate", "demo", "--data", "nothing"], "no text 'nothing'"),
