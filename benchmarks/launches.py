@@ -1,7 +1,7 @@
 """Blocks of the Triton kernels: each step of an MLP by those chosen and by others; CUDA only.
 
 A step runs through so many copies of its weights that no cache holds them, as a CUDA graph. Beside
-it the dense product with its activation, by cuBLAS. This is what the choices in triton_kernels.py
+it the dense product with its activation, by cuBLAS. This is what the choices in launch.py
 come from; on another GPU than an H200 others may be faster.
 
 python benchmarks/launches.py [--tokens 1 8 128 1024] [--steps NAME ...] [--dtype bfloat16]
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from krony.hf.checkpoints import DTYPES
 from krony.measure.runtimes import recorded
 from krony.nn.cpu import kernels as cpu_kernels
+from krony.nn.gpu.launch import launch
 from krony.nn.gpu.operators import MAX_TOKENS
 from krony.nn.gpu.step import Step
-from krony.nn.gpu.triton_kernels import launch
 from records import Record, parser
 from timing import rounds
 

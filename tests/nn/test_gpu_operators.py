@@ -148,7 +148,7 @@ def test_a_gpu_on_which_nothing_can_be_launched_takes_the_torch_form(monkeypatch
     def fails(*_):
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr("krony.nn.gpu.triton_kernels.launch", fails)
+    monkeypatch.setattr("krony.nn.gpu.launch.launch", fails)
     assert not operators.launches(device)
 
 

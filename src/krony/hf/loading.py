@@ -84,6 +84,10 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model, dense or factored, in evaluation mode, whole.
 
+    GPT-2's GELU, eight operations in transformers, is one kernel here, in dense models too: else a
+    factored model would be compared with a slower one. The two are equal but for rounding, and
+    `krony.nn.activations.restore` takes it back.
+
     Tensors that the class has no place for (heads for further tokens, say) are named in a warning
     and travel with the model: `save_model` writes them again.
 

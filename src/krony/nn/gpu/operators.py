@@ -121,7 +121,7 @@ def run_step(x: Tensor, step: Step, many: bool) -> Tensor:
 
 
 def _launched(x: Tensor, step: Step, many: bool) -> Tensor:
-    from krony.nn.gpu.triton_kernels import launch
+    from krony.nn.gpu.launch import launch
 
     x, y = x.contiguous(), x.new_empty(x.shape[0], step.outputs)
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
