@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from krony.cli.options import (
     out,
     progress_bar,
 )
+from krony.cli.verify import verify_command
 from krony.errors import KronyError
 from krony.maths import schemes
 
@@ -142,6 +144,7 @@ def evaluate_command(
 
 app.command("export")(export_command)
 app.command("quantize")(quantize_command)
+app.command("verify")(verify_command)
 
 
 @app.command("generate")
@@ -246,6 +249,8 @@ def main() -> None:
         loaded.logging.set_verbosity_error()
         loaded.logging.disable_progress_bar()
     warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
+    # So that whatever is half-written is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except KronyError as error:

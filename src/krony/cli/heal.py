@@ -1,7 +1,6 @@
 """krony heal: continued training from the command line."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,10 +157,12 @@ def heal_command(
         )
     if state.is_main_process:
         if record.sharded:
+            home = model.name_or_path
             model = checkpoints.load_model(run / "best")
+            model.name_or_path = home
         model.to(stored)  # type: ignore[arg-type]
         _write(model, destination, tokenizer, record, data)
-        shutil.rmtree(run)
+        checkpoints.discard(run, destination)
         first, last = record.curve[0], record.curve[-1]
         out.print(
             f"Held-out loss {first['held_out']:.4f} before, {record.best:.4f} at best, "

@@ -63,9 +63,8 @@ class Matrix:
     @property
     def metric(self) -> fit.Metric:
         """Inputs are weighed by their covariance where a bias can absorb the mean."""
-        inputs = self.moments.inputs
-        second = inputs.covariance if self.target.bias else inputs.second
-        return fit.Metric.of(second, self.moments.gradient, self.target.shape[0])
+        inputs = self.moments.inputs.weighing(self.target.bias)
+        return fit.Metric.of(inputs, self.moments.gradient, self.target.shape[0])
 
 
 def low_rank_candidates(matrix: Matrix) -> list[Candidate]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
 from krony.hf.families import dense_weight, states_and_head
 from krony.hf.families import rows as rows_of
+from krony.maths import fit
 from krony.measure import evaluate
 from krony.text import data, docstrings, tokens
 
@@ -102,6 +103,12 @@ class Inputs:
         """Cov(x), (n, n)."""
         return self.second - torch.outer(self.mean, self.mean)
 
+    def weighing(self, centred: bool) -> Tensor:
+        """What errors are weighed by, (n, n): Cov(x) or E[x xᵀ], as far as the tokens tell."""
+        second = self.second
+        moments = second - torch.outer(self.mean, self.mean) if centred else second
+        return fit.determined(moments, second.diagonal(), self.tokens)
+
 
 @dataclass
 class Moments:
@@ -177,7 +184,11 @@ def calibration_windows(
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tensor:
-    """Text of the model itself, (windows, window), at temperature 1, seeded."""
+    """Text of the model itself, (windows, window), at temperature 1, seeded.
+
+    Drawn from the model's own distribution, the end-of-text token like any other, whatever its
+    generation settings say.
+    """
     torch.manual_seed(seed)
     model = full_precision(model)
     config = model.config.get_text_config()
@@ -185,15 +196,13 @@ def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tens
     rows = []
     for start in range(0, windows, 16):
         begin = torch.full((min(16, windows - start), 1), first, device=model.device)
-        made = model.generate(  # type: ignore[operator]
-            begin,
-            attention_mask=torch.ones_like(begin),
-            do_sample=True,
-            top_k=0,
-            max_length=window,
-            min_length=window,
-            pad_token_id=first,
+        settings = GenerationConfig(
+            do_sample=True, top_k=0, max_length=window, pad_token_id=first, use_cache=True
         )
+        with evaluate.plain_generation(model):
+            made = model.generate(  # type: ignore[operator]
+                begin, attention_mask=torch.ones_like(begin), generation_config=settings
+            )
         rows.append(made.cpu())
     return torch.cat(rows)
 

@@ -104,9 +104,7 @@ def fit_matrix(
     correct = options.bias and bias is not None
     # Without a bias to absorb the mean, the mean error is an error like any other.
     centred = options.centred and correct
-    metric = fit.Metric.of(
-        inputs.covariance if centred else inputs.second, gradient, weight.shape[0]
-    )
+    metric = fit.Metric.of(inputs.weighing(centred), gradient, weight.shape[0])
     wanted = weight
     if pairing is not None:
         cross = pairing.cross / inputs.tokens

@@ -155,8 +155,7 @@ def narrowed(
         (m, hidden), home = matrix.dense_shape or matrix.shape, entry.inputs.device
         weight = dense_weight(layer).double().to(home)
         shift = bias and layer.bias is not None
-        inputs = entry.inputs.covariance if shift and centred else entry.inputs.second
-        metric = Metric.of(inputs, entry.gradient, m)
+        metric = Metric.of(entry.inputs.weighing(shift and centred), entry.gradient, m)
         units = narrow(weight, metric, elimination(weight, metric), matrix.shape[1])
         new_bias = layer.bias
         if shift:

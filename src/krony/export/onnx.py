@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
-from krony.hf.checkpoints import new_directory
+from krony.hf.checkpoints import companions, new_directory
 from krony.hf.families import cache_name
 from krony.hf.modeling import form, quantised_of, sharing
 from krony.measure.evaluate import context_length
@@ -122,8 +122,7 @@ def onnx(
         program.save(folder / "model.onnx", external_data=True)
         difference = _difference(model, folder / "model.onnx", past)
         model.config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        companions(model, folder, tokenizer)
     return difference
 
 

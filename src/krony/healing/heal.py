@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ from krony.healing.training import (
     last_checkpoint,
     remove_incomplete,
 )
-from krony.hf.checkpoints import write_json
+from krony.hf.saving import claim, write_json
 from krony.measure.memory import peak_bytes
 from krony.text.blocks import Blocks
 
@@ -135,8 +135,23 @@ def heal(
             step after an evaluation.
     Raises:
         KronyError: settings that can't be, or differ from those of the run to resume; a loss that
-            became NaN. `Stopped`: a signal came; the run can be resumed.
+            became NaN; another process at work on the same run. `Stopped`: a signal came; the run
+            can be resumed.
     """
+    with claim(run) if PartialState().is_main_process else nullcontext():
+        return _healed(model, blocks, config, run, evaluation, teacher, resume, progress)
+
+
+def _healed(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    config: HealConfig,
+    run: Path,
+    evaluation: Blocks,
+    teacher: PreTrainedModel | None,
+    resume: bool,
+    progress: Report | None,
+) -> HealRecord:
     recipe = _recipe(model, config)
     check_unquantised(model)
     parts = losses.parse(config.loss or (recipe.taught if teacher else recipe.untaught))

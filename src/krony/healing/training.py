@@ -32,12 +32,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from krony.errors import KronyError
 from krony.healing.optimizers import make_optimizer
 from krony.healing.recipe import Recipe
-from krony.hf.checkpoints import write_json
+from krony.healing.states import load_state, random_state, save_state, set_random_state
+from krony.hf.claims import write_error
 from krony.hf.modeling import KroneckerQuantizer
+from krony.hf.saving import save_weights, write_json
 
 COMPLETE = "complete"  # the file whose presence says that a checkpoint was written to its end
 BEST = "best"
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+OPTIMIZER, SCHEDULER, RANDOM = "optimizer", "scheduler", "random-"
+CHANGED = ("use_cache",)  # of the model's configuration, by transformers' Trainer for itself
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -53,6 +56,22 @@ class Stopped(KronyError):  # noqa: N818  not an error: it can be resumed
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Blocks of token ids as one batch (blocks, window)."""
     return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses to write ends in one sentence. Raises `KronyError`."""
+    try:
+        yield
+    except KronyError:
+        raise
+    except Exception as error:
+        if (reason := write_error(error)) is None:
+            raise
+        raise KronyError(
+            f"can't write into {folder}: {reason}; what was written before is still there: free "
+            "some space and go on with --resume"
+        ) from error
 
 
 class Watch(TrainerCallback):
@@ -128,7 +147,11 @@ class HealTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(self, *, recipe: Recipe, best: Path, **options: Any) -> None:
+        config = options["model"].config
+        before = {name: getattr(config, name) for name in CHANGED if hasattr(config, name)}
         super().__init__(data_collator=collate, **options)
+        for name, value in before.items():  # else every model that is written would have them
+            setattr(config, name, value)
         # The loss is a mean over the batch; Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.recipe, self.best = recipe, best
@@ -162,7 +185,8 @@ class HealTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with writing(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -191,35 +215,49 @@ class HealTrainer(Trainer):
         )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:  # it has files of its own
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=WHOLE)
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            save_state(state, Path(output_dir) / OPTIMIZER)
+            save_state(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Krony's own files, and tensors only: weights_only runs no code.
-        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-        state = torch.load(Path(checkpoint) / OPTIMIZER, **options)
+        state = load_state(Path(checkpoint) / OPTIMIZER)
         whole = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self.model, self._plain_optimizer(), state, options=whole)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, **options))
+        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # of another process than the writer
+        save_state(random_state(), Path(output_dir) / f"{RANDOM}{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        stem = Path(checkpoint) / f"{RANDOM}{self.args.process_index}"
+        if stem.with_suffix(".json").exists():  # else more processes than before
+            set_random_state(load_state(stem))
 
     def _plain_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The model alone. Trainer would add its arguments as a pickle.
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # With a quantizer attached, transformers asks it for the weights and forgets these.
-        quantizer = getattr(self.model, "hf_quantizer", None)
+        quantizer = getattr(model, "hf_quantizer", None)
         if isinstance(quantizer, KroneckerQuantizer):
             quantizer.gathered = state_dict
+        folder = Path(output_dir or str(self.args.output_dir))
         try:
-            super()._save(output_dir, state_dict)
+            save_weights(model, folder, state_dict=state_dict)
         finally:
             if isinstance(quantizer, KroneckerQuantizer):
                 quantizer.gathered = None
@@ -235,7 +273,8 @@ class HealTrainer(Trainer):
 
     def _save_best(self, note: Path, loss: float) -> None:
         fresh, old = self.best.with_name("best.new"), self.best.with_name("best.old")
-        self.save_model(str(fresh), _internal_call=True)
+        with writing(self.best.parent):
+            self.save_model(str(fresh), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(old, ignore_errors=True)

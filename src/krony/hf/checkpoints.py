@@ -10,7 +10,10 @@ from krony.hf.loading import (
 )
 from krony.hf.saving import (
     check_destination,
+    claim,
+    companions,
     directory_bytes,
+    discard,
     new_directory,
     save_model,
     write_file,
@@ -22,7 +25,10 @@ __all__ = [
     "DEMO",
     "DTYPES",
     "check_destination",
+    "claim",
+    "companions",
     "directory_bytes",
+    "discard",
     "find_tokenizer",
     "load_model",
     "load_tokenizer",

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from krony.errors import KronyError
 from krony.hf import (
+    integrity,
     modeling,  # noqa: F401  registers the loader
     vetting,
 )
@@ -97,11 +98,13 @@ def load_model(
         device: a torch device; None leaves the model on the CPU.
     Raises:
         KronyError: nothing there; no safetensors weights; a tensor that is missing, of another
-            shape, or with NaN in it; an encoder; files that say what can't be.
+            shape, or with NaN in it; a factor that differs from its checksum; an encoder; files
+            that say what can't be.
     """
     folder = Path(resolve(source))
     found = vetting.weights(folder)
     vetting.configuration(folder, found)
+    integrity.check_factors(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_decoder(config, str(source))

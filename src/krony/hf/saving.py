@@ -1,68 +1,38 @@
 """Directories and files written whole or not at all."""
 
+import glob
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
+from krony.hf import integrity
+from krony.hf.claims import check_destination, claim, discard, new_directory
+from krony.hf.companions import companions, save_weights
 from krony.hf.loading import resolve
 from krony.hf.modeling import config_of
 from krony.hf.whole import left_over
+from krony.runtime.layers import is_quantized
 
-
-def check_destination(destination: str | Path) -> Path:
-    """The path, if a new directory can be made there. Raises `KronyError` otherwise.
-
-    Meant to be called before the work starts.
-    """
-    path = Path(destination)
-    if path.exists():
-        raise KronyError(f"{path} exists already; choose another name or remove it first")
-    parent = path.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KronyError(f"can't make the folder {parent}: {error.strerror}") from error
-    if not os.access(parent, os.W_OK):
-        raise KronyError(f"can't write into {parent}: permission denied; choose another folder")
-    return path
-
-
-@contextmanager
-def new_directory(destination: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `destination` at the end, or vanishes on any error.
-
-    Raises:
-        KronyError: the destination exists, or the system can't write (a full disk, say).
-    """
-    path = check_destination(destination)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's directory is private
-        os.rename(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise KronyError(
-            f"can't write {path}: {reason}; nothing was left there, free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+__all__ = [
+    "check_destination",
+    "claim",
+    "companions",
+    "directory_bytes",
+    "discard",
+    "new_directory",
+    "save_model",
+    "save_weights",
+    "write_file",
+    "write_json",
+    "write_text",
+]
 
 
 def save_model(
@@ -72,23 +42,42 @@ def save_model(
     max_shard_size: str = "5GB",
     also: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write the model, its generation configuration and its tokenizer: whole or not at all.
+    """Write the model with what belongs to it (`companions.py`), whole or not at all.
+
+    A factored model gets checksums (`integrity.py`).
 
     Args:
         also: writes whatever else belongs into the directory.
     Raises:
-        KronyError: the destination exists, or can't be written.
+        KronyError: NaN or Inf in the model; the destination exists, is being written by another
+            process, or can't be written.
     """
+    _check_finite(model)
     with new_directory(destination) as temporary:
         # Tensors that travel along; of a factored model its quantizer adds them.
         extra = left_over(model) if config_of(model) is None else {}
         state = {**model.state_dict(), **extra} if extra else None
-        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        save_weights(model, temporary, max_shard_size, state)
+        companions(model, temporary, tokenizer)
         if also is not None:
             also(temporary)
+        integrity.record(temporary)
     return Path(destination)
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Raise `KronyError` for numbers that no loader should accept, as rounding to half makes."""
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if is_quantized(weight) or weight.is_meta or not weight.is_floating_point():
+            continue
+        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+            bad = int((~weight.isfinite()).sum())
+            raise KronyError(
+                f"{name} has {bad} NaN or Inf among its {weight.numel():,} numbers in "
+                f"{str(weight.dtype).removeprefix('torch.')}; write the model in a dtype with a "
+                "wider range: bfloat16 or float32"
+            )
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -103,6 +92,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         write(temporary)
         os.replace(temporary, target)
     except OSError as error:
@@ -110,6 +100,26 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that are no more left of their attempts to write `target`."""
+    start, end = f".{target.stem}.", target.suffix
+    for path in target.parent.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
+        number = path.name.removeprefix(start).removesuffix(end)
+        if number.isdigit() and not _alive(int(number)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: str | Path, data: Any) -> None:

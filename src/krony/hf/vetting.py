@@ -19,6 +19,7 @@ from krony.hf.plan import Plan
 from krony.hf.strict import mapping, read_json, shown
 from krony.hf.whole import WRAPPERS, unwrapped
 from krony.nn.packing import Quantised
+from krony.runtime.loader import check_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER = 32 * 2**20  # bytes: some 300,000 tensors in one file
@@ -127,6 +128,10 @@ def configuration(folder: Path, found: Weights) -> dict[str, Any]:
     _check_numbers(config, str(path), max(MOST_LAYERS, len(found.shapes)))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "kronecker":
+        try:  # before the plan, which may be of a form that is not known yet
+            check_format(quantization.get("format", 1))
+        except ValueError as error:
+            raise KronyError(f"{path}: {error}") from error
         Plan.from_dict(quantization.get("plan"))
         if quantization.get("quantised") is not None:
             Quantised.from_dict(quantization["quantised"])

@@ -30,6 +30,7 @@ Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
 STEPS = 12  # of ten L-BFGS iterations each; fewer where they gain little
+ROUNDING = 1e-5  # of E[x²]: what products of a few thousand tokens in float32 leave open
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
 
@@ -84,6 +85,32 @@ class Metric:
         return made
 
 
+def determined(moments: Tensor, square: Tensor, tokens: int) -> Tensor:
+    """Moments of inputs from a sample, made such that fits to them are determined.
+
+    A sample says less of how inputs move together than of each by itself, nothing at all in some
+    directions if there are fewer tokens than inputs, and there a fit would follow rounding. So the
+    correlations are shrunk by what a sample of that size leaves open: much for few tokens, one or
+    two thousandths for dozens of tokens an input. An input that never moves weighs what rounding
+    hides.
+
+    Args:
+        moments: E[x xᵀ] or Cov(x), (n, n), float64.
+        square: E[x²], (n,).
+        tokens: in the sample.
+    Source: Chen, Wiesel, Eldar and Hero 2010, "Shrinkage algorithms for MMSE covariance
+        estimation", equation 23, on the correlations, so that no input's scale matters.
+    """
+    n, own = len(moments), moments.diagonal().clamp(min=0)
+    scale = own.rsqrt().where(own > 0, 0.0)
+    size = float((scale[:, None] * moments * scale).square().sum())
+    spread = size - n  # of the correlations: zero where no two inputs move together
+    share = 1.0
+    if spread > 1e-9 * n:
+        share = min(1.0, ((1 - 2 / n) * size + n * n) / ((tokens + 1 - 2 / n) * spread))
+    return moments * (1 - share) + torch.diag(own * share + square * ROUNDING)
+
+
 def ridged(matrix: Tensor, ridge: float) -> Tensor:
     """The symmetric part plus ridge times the mean of the diagonal (or 1, if that is zero)."""
     mean = float(matrix.diagonal().mean())
@@ -111,7 +138,7 @@ def low_rank_harm(weight: Tensor, metric: Metric) -> Tensor:
     left, right = metric.outputs, metric.inputs
     if m < n:
         weight, left, right = weight.T, right, left
-    factor = torch.linalg.cholesky(right)
+    factor = root(right)
     gram = factor.T @ (weight.T @ left @ weight) @ factor
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     return 0.5 * torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)

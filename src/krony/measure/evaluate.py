@@ -4,13 +4,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
 from krony.hf import families
@@ -299,6 +300,17 @@ def last_word(
     return LastWord(name, len(sums), right / len(sums), _exp(nats), nats)
 
 
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's generation settings, valid or not, play no part."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -326,17 +338,20 @@ def generate(
         )
     if temperature < 0:
         raise KronyError(f"a temperature of {temperature} can't be; 0 takes the likeliest token")
-    sampling = (
+    sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
-    torch.manual_seed(seed)
-    made = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         **sampling,
     )
+    torch.manual_seed(seed)
+    with plain_generation(model):
+        made = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )
     return str(tokenizer.decode(made[0], skip_special_tokens=True))
 
 

@@ -9,6 +9,7 @@ the meta device and load the factors into them, for every architecture, dtype, d
 sharding. `config.json` says which: `quantization_config` holds
     plan            {"matrices": [{name, shape, groups: [{large, small, terms, layout,
                     interpolative}], scalars, bias, conv1d, embedding, dense_shape, parts, scale}]}
+    format          a number, see `FORMAT`
     quantised       {"to", "matrices": [{name, shape, group, bias, conv1d}], "kept"}, or nothing
 """
 
@@ -30,9 +31,21 @@ from .layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
 from .quantized import StoredLinear, tensors
 
 METHOD = "kronecker"
+FORMAT = 2  # of what `config.json` says; 1, of krony 0.1, has no number and no `scale`
 Factored = KroneckerLinear | KroneckerEmbedding
 Plain = nn.Linear | Conv1D
 Entry = dict[str, Any]
+
+
+def check_format(found: Any) -> None:
+    """Raise `ValueError` for the number of a format that this code does not know."""
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(f"the format in config.json is {found!r}, and must be a whole number")
+    if found > FORMAT:
+        raise ValueError(
+            f"the model was written by a newer krony, in format {found}, and this one reads up to "
+            f"{FORMAT}; update it: pip install --upgrade krony"
+        )
 
 
 class KroneckerConfig(QuantizationConfigMixin):
@@ -43,6 +56,9 @@ class KroneckerConfig(QuantizationConfigMixin):
         provenance: how the factors were made (initialisation, seed, error by matrix); only for
             people to read, the same for the same input.
         quantised: what is quantized, only where something is; the plan may be empty then.
+        format: `FORMAT` of the krony that wrote it.
+    Raises:
+        ValueError: a format that is newer than this code.
     """
 
     quantised: dict[str, Any] | None = None
@@ -52,11 +68,14 @@ class KroneckerConfig(QuantizationConfigMixin):
         plan: dict[str, Any],
         provenance: dict[str, Any] | None = None,
         quantised: dict[str, Any] | None = None,
+        format: int = 1,
         **_: Any,
     ) -> None:
+        check_format(format)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.plan = plan
         self.provenance = provenance or {}
+        self.format = FORMAT
         if quantised is not None:
             self.quantised = quantised
 

@@ -1,0 +1,64 @@
+"""The same command writes the same bytes twice, and with one thread and two."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from faults import trials
+
+MORE = {
+    "export to onnx": "export small out --to onnx",
+    "the packaged model": "compress demo out --small 2x2",
+    "a budget": "compress dense out --budget 0.6 --calibration text.txt --windows 4",
+}
+FIGURES = {
+    "plan": "plan dense --small 2x2 --json out.json",
+    "evaluate": "evaluate small --data text.txt --window 32 --json out.json",
+    "generate": "generate small def --max-new-tokens 8 --temperature 0.7",
+}
+PASSING = ("seconds", "date", "environment")  # of a run, not of what was found
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("bytes"))
+    trials.prepare()
+    yield Path.cwd()
+    os.chdir(before)
+
+
+@pytest.mark.parametrize("name", [*trials.COMMANDS, *MORE])
+def test_directories(name, here):
+    if "onnx" in name:
+        pytest.importorskip("onnxscript")
+    command = {**trials.COMMANDS, **MORE}[name].split()
+    found = []
+    for threads in (1, 1, 2):
+        code, said = trials.ended(*trials.run(command, threads=threads))
+        assert code == 0, said
+        found.append(trials.contents(Path("out")))
+        trials.shutil.rmtree("out")
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    for again, way in ((found[1], "run again"), (found[2], "with two threads")):
+        assert [path for path in again if again[path] != found[0][path]] == [], way
+
+
+def lasting(data):
+    if isinstance(data, dict):
+        return {k: lasting(v) for k, v in data.items() if k not in PASSING}
+    return [lasting(v) for v in data] if isinstance(data, list) else data
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures(name, here):
+    found = []
+    for threads in (1, 1, 2):
+        code, said = trials.ended(*trials.run(FIGURES[name].split(), threads=threads))
+        assert code == 0, said
+        path = Path("out.json")
+        found.append(lasting(json.loads(path.read_text())) if path.exists() else said)
+        path.unlink(missing_ok=True)
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,245 @@
+"""Commands that are killed at random moments of their work, and what they leave.
+
+python tests/faults/trials.py 200      writes benchmarks/results/faults.json
+
+Importing takes longer than working here, so a trial is a fork of a process that has imported all.
+Half of the kills strike by the clock, anywhere in the run; the other half just before the process
+opens, renames or removes something where it writes, which is where harm is done.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+REPORTS = ("heal.json", "heal.png")  # times, never the same
+HEAL = "--data text.txt --tokens 512 --batch-tokens 64 --window 16 --dtype float32 --eval-every 128"
+COMMANDS = {
+    "compress": "compress dense out --small 2x2",
+    "compress by data": "compress dense out --small 2x2 --init data --calibration text.txt "
+    "--windows 4",
+    "heal": f"heal small out {HEAL} --save-minutes 0",
+    "quantize": "quantize small out --to int8",
+    "export": "export small out --to dense",
+    "export with code": "export small out --to self-contained",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kill. `left`: what was there then; `wrong`: what should not have been, or nothing."""
+
+    command: str
+    signal: str
+    moment: str
+    code: int
+    left: list[str]
+    wrong: str
+
+
+def run(arguments: list[str], event: int = 0, number: int = 0, threads: int = 1) -> tuple[int, int]:
+    """Fork, and run the command in the current folder; (process, its standard error).
+
+    Args:
+        event: before which event on files the process sends itself the signal `number`; 0: never.
+        threads: of torch.
+    """
+    read, write = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(write)
+        return process, read
+    os.close(read)
+    for descriptor in (1, 2):
+        os.dup2(write, descriptor)
+    os.close(write)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    here, seen = str(Path.cwd()), 0
+
+    def hook(name: str, values: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name not in WATCHED or not values or not isinstance(values[0], str | os.PathLike):
+            return
+        path = os.fspath(values[0])
+        reading = name == "open" and not (isinstance(values[1], str) and values[1][0] in "wax")
+        if reading or isinstance(path, bytes) or "out" not in path.replace(here, ""):
+            return
+        seen += 1
+        if seen == event:
+            os.kill(os.getpid(), number)
+
+    if event:
+        sys.addaudithook(hook)
+    code = 1
+    try:
+        import torch
+
+        from krony.cli import main
+
+        torch.set_num_threads(threads)
+        sys.argv = ["krony", *arguments]
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except BaseException as error:
+        os.write(2, f"Traceback: {error!r}\n".encode())
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def ended(process: int, errors: int) -> tuple[int, str]:
+    """Exit code (negative: the signal) and messages, read until janitors are done as well."""
+    with os.fdopen(errors, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a directory but reports."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in REPORTS)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+class Reference:
+    """A command that nobody killed: its seconds and what it wrote."""
+
+    def __init__(self, command: str) -> None:
+        started = time.perf_counter()
+        code, said = ended(*run(command.split()))
+        assert code == 0, said
+        self.seconds = time.perf_counter() - started
+        self.wanted = contents(Path("out"))
+        shutil.rmtree("out")
+
+
+def trial(name: str, chosen: random.Random, known: dict[str, Reference]) -> Trial:
+    """Kill the command once at a random moment, look, and run it again to its end."""
+    command = COMMANDS[name].split()
+    if name not in known:
+        known[name] = Reference(COMMANDS[name])
+    reference = known[name]
+    number = chosen.choice((signal.SIGKILL, signal.SIGTERM))
+    if chosen.random() < 0.5:
+        seconds = chosen.uniform(0, reference.seconds)
+        process, errors = run(command)
+        time.sleep(seconds)
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+        moment = f"after {seconds:.2f} s"
+    else:
+        event = chosen.randint(1, 120 if name == "heal" else 20)
+        process, errors = run(command, event, number)
+        moment = f"before event {event}"
+    code, said = ended(process, errors)
+    left = sorted(path.name for path in Path().iterdir() if "out" in path.name)
+    wrong = "".join(judged(name, said, left, reference))
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return Trial(name, number.name, moment, code, left, wrong)
+
+
+def judged(name: str, said: str, left: list[str], reference: Reference) -> Iterator[str]:
+    """What is wrong with what a kill left, and with going on from there."""
+    if "Traceback" in said:
+        yield f"a traceback: {said[-300:]} "
+    if hidden := [path for path in left if path.startswith(".")]:
+        yield f"hidden copies: {hidden} "
+    if unknown := set(left) - {"out", *(["out.run"] if name == "heal" else []), *hidden}:
+        yield f"left: {unknown} "
+    if "out" in left:
+        if contents(Path("out")) != reference.wanted:
+            yield "the destination is not complete "
+        return
+    again = COMMANDS[name].split() + (["--resume"] if "out.run" in left else [])
+    code, said = ended(*run(again))
+    if code:
+        yield f"it can't be run again: {said[-300:]} "
+    elif contents(Path("out")) != reference.wanted:
+        yield "run again, it writes something else "
+    after = sorted(path.name for path in Path().iterdir() if "out" in path.name)
+    if not code and after != ["out"]:
+        yield f"run again, it leaves {after} "
+    for path in after:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prepare() -> None:
+    """A tiny model, a factored one and a text in the current folder, and all imports done."""
+    import torch
+    import transformers
+
+    import krony
+    from krony.cli import main  # noqa: F401
+    from krony.text.data import load_text
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=32,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model, tokenizer = transformers.GPT2LMHeadModel(config).eval(), krony.load_tokenizer("demo")
+    krony.save_model(model, "dense", tokenizer)
+    krony.compress(model, krony.make_plan(model, small=(2, 2)))
+    krony.save_model(model, "small", tokenizer)
+    Path("text.txt").write_text(load_text("python-docs").text[:8000])
+
+
+def trials(count: int, seed: int, names: list[str] | None = None) -> Iterator[Trial]:
+    """So many trials over the commands in turn, in the current folder."""
+    chosen, known = random.Random(seed), dict[str, Reference]()
+    names = names or list(COMMANDS)
+    for i in range(count):
+        yield trial(names[i % len(names)], chosen, known)
+
+
+def main() -> None:
+    import tempfile
+
+    from krony.hf.saving import write_json
+    from krony.measure.evaluate import environment
+
+    count, seed = int(sys.argv[1]), 0
+    target = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
+    done: list[Trial] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        prepare()
+        for one in trials(count, seed):
+            done.append(one)
+            print(len(done), json.dumps(asdict(one)), flush=True)
+        os.chdir("/")
+    by_command = {
+        name: {
+            "kills": sum(t.command == name for t in done),
+            "killed in time": sum(t.command == name and t.code != 0 for t in done),
+            "wrong": [asdict(t) for t in done if t.command == name and t.wrong],
+        }
+        for name in COMMANDS
+    }
+    write_json(
+        target,
+        {
+            "environment": environment(),
+            "seed": seed,
+            "kills": len(done),
+            "survived": sum(not t.wrong for t in done),
+            "commands": by_command,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
