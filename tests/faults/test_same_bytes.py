@@ -1,4 +1,8 @@
-"""The same command writes the same bytes twice, and with one thread and two."""
+"""The same command writes the same bytes twice, and with one thread and two where it can.
+
+What reads data multiplies thousands of tokens, and libraries add up products in another order with
+another number of threads.
+"""
 
 import json
 import os
@@ -18,6 +22,7 @@ FIGURES = {
     "evaluate": "evaluate small --data text.txt --window 32 --json out.json",
     "generate": "generate small def --max-new-tokens 8 --temperature 0.7",
 }
+DATA = ("compress by data", "heal", "a budget")
 PASSING = ("seconds", "date", "environment")  # of a run, not of what was found
 
 
@@ -36,14 +41,14 @@ def test_directories(name, here):
         pytest.importorskip("onnxscript")
     command = {**trials.COMMANDS, **MORE}[name].split()
     found = []
-    for threads in (1, 1, 2):
+    for threads in (1, 1) if name in DATA else (1, 1, 2):
         code, said = trials.ended(*trials.run(command, threads=threads))
         assert code == 0, said
         found.append(trials.contents(Path("out")))
         trials.shutil.rmtree("out")
-    assert found[0].keys() == found[1].keys() == found[2].keys()
-    for again, way in ((found[1], "run again"), (found[2], "with two threads")):
-        assert [path for path in again if again[path] != found[0][path]] == [], way
+    for again in found[1:]:
+        assert again.keys() == found[0].keys()
+        assert [path for path in again if again[path] != found[0][path]] == []
 
 
 def lasting(data):
