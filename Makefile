@@ -1,5 +1,9 @@
 # make demo: install, then the main job on the packaged model.
 # make test: install, then lint, types and all tests.
+# make faults: install, then 200 kills; writes benchmarks/results/faults.json.
+# make lowest: the lowest versions that pyproject.toml allows, in an environment of their own, and
+#   the tests of files and commands with them.
+# make release-check: wheel and sdist, each installed into a fresh environment, and the demo there.
 # make docs: install, then the tables of results and the site (site/index.html).
 PYTHON ?= python3
 # Pinned first: a bare torch would bring several gigabytes of CUDA to a machine without a GPU.
@@ -7,7 +11,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint docs install
+RELEASE := build/release
+
+.PHONY: demo test lint docs faults lowest release-check install
 
 demo: $(INSTALLED)
 	$(BIN)/krony demo
@@ -23,6 +29,28 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python -m mkdocs build --strict
+
+faults: $(INSTALLED)
+	$(BIN)/python tests/faults/trials.py 200
+
+lowest:
+	rm -rf build/lowest && $(PYTHON) -m venv build/lowest
+	$(PYTHON) tests/lowest.py > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --quiet -c build/lowest/constraints.txt . pytest hypothesis
+	build/lowest/bin/python -m pytest -q tests/hf tests/fixtures tests/healing/test_states.py \
+		tests/cli/test_cli.py
+
+release-check:
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet build
+	$(RELEASE)/tools/bin/python -m build --outdir $(RELEASE)/dist .
+	for file in $(RELEASE)/dist/*.whl $(RELEASE)/dist/*.tar.gz; do \
+		rm -rf $(RELEASE)/fresh && $(PYTHON) -m venv $(RELEASE)/fresh && \
+		$(RELEASE)/fresh/bin/python -m pip install --quiet "$(TORCH)" && \
+		$(RELEASE)/fresh/bin/python -m pip install --quiet $$file && \
+		(cd $(RELEASE) && fresh/bin/krony demo --out demo) || exit 1; \
+	done
 
 install: $(INSTALLED)
 

@@ -10,6 +10,7 @@ import torch
 import krony
 from helpers import tiny
 from krony.errors import KronyError
+from krony.hf import integrity
 from krony.hf.checkpoints import load_model, load_tokenizer, save_model
 from krony.hf.integrity import verify
 
@@ -81,6 +82,17 @@ def test_the_tensor_is_named_and_a_damaged_factor_does_not_load(saved, tmp_path)
     for judge in (verify, load_model):
         with pytest.raises(KronyError, match=f"the tensor {name} in .* is not what krony wrote"):
             judge(folder)
+
+
+def test_large_models_are_left_to_verify(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    path = folder / "model.safetensors"
+    flip(path, 8 * (path.stat().st_size - 4))  # a low bit of a number that may be anything
+    monkeypatch.setattr(integrity, "MOST", path.stat().st_size - 1)
+    load_model(folder)
+    with pytest.raises(KronyError, match="is not what krony wrote"):
+        verify(folder)
 
 
 def test_what_is_missing_or_swapped_is_found(saved, tmp_path):
