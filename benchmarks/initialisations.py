@@ -20,19 +20,12 @@ import krony
 import methods
 from krony.cli.tables import factors_text, narrowed_text
 from krony.compression import calibrate, width
-from krony.compression.budget import (
-    Matrix,
-    Prices,
-    balanced_shapes,
-    make_plan_of,
-    price,
-    sized,
-    widths,
-    with_units,
-)
+from krony.compression.budget import Prices, make_plan_of, price
 from krony.compression.factorise import DATA
 from krony.compression.limits import Candidate, Currency, choose
+from krony.compression.prices import Matrix, with_units
 from krony.compression.sequential import DataOptions
+from krony.compression.structures import balanced_shapes, sized, widths
 from krony.hf.families import Target, dense_weight, find_targets, mlps
 from krony.hf.plan import MatrixPlan
 from krony.maths.fit import is_low_rank, low_rank_harm

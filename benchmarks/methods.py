@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 import krony
 from krony.compression import calibrate
-from krony.compression.budget import balanced_shapes, make_budget_plan, sized
+from krony.compression.budget import make_budget_plan
 from krony.compression.calibrate import Inputs, Moments
 from krony.compression.factorise import DATA
+from krony.compression.structures import balanced_shapes, sized
 from krony.hf import families
 from krony.hf.families import Target, find_targets
 from krony.hf.plan import Plan, matrix_plan

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import krony
-from krony.compression.budget import LOW_RANK_PARTS, low_rank, mixed
+from krony.compression.structures import LOW_RANK_PARTS, low_rank, mixed
 from krony.hf import modeling
 from krony.hf.checkpoints import DTYPES
 from krony.hf.families import find_targets

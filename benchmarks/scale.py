@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 import krony
 from krony.compression import calibrate, limits, width
-from krony.compression.budget import Matrix, balanced_shapes, mixed, price, sized, with_units
+from krony.compression.budget import price
 from krony.compression.factorise import DATA
+from krony.compression.prices import Matrix, with_units
+from krony.compression.structures import balanced_shapes, mixed, sized
 from krony.hf.families import Target, dense_weight, find_targets
 from krony.hf.plan import Plan, matrix_plan
 from krony.maths import fit

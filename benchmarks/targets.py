@@ -19,8 +19,9 @@ import krony
 import methods
 from krony.cli import tables
 from krony.compression import calibrate
-from krony.compression.budget import balanced_shapes, make_budget_plan, sized
+from krony.compression.budget import make_budget_plan
 from krony.compression.factorise import DATA, collect
+from krony.compression.structures import balanced_shapes, sized
 from krony.hf.families import Target, find_targets
 from krony.hf.plan import Plan, matrix_plan
 from krony.measure import evaluate

@@ -15,7 +15,8 @@ from krony.hf import register
 if TYPE_CHECKING:
     from krony.compression.budget import BudgetPlan, make_budget_plan
     from krony.compression.calibrate import calibration_windows
-    from krony.compression.factorise import INITS, compress
+    from krony.compression.factorise import compress
+    from krony.compression.inits import INITS
     from krony.compression.sequential import DataOptions
     from krony.export.quantize import quantize
     from krony.healing.heal import HealConfig, HealRecord, heal

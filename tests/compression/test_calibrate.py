@@ -1,17 +1,19 @@
 """Streaming moments against moments of everything at once; the data initialisation; budgets."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from helpers import FAMILIES, logits, scaled_logits, tiny
 from krony import Factors, KroneckerLinear, KronyError, MatrixPlan, Plan, compress, make_plan
-from krony.compression import budget as budgets
 from krony.compression import calibrate as calibration
 from krony.compression.budget import make_budget_plan
 from krony.compression.limits import Candidate, choose
+from krony.compression.prices import Matrix, low_rank_candidates
 from krony.compression.sequential import DataOptions, _writes_the_stream
+from krony.compression.work import Work
 from krony.hf import replay
 from krony.hf.families import blocks, dense_weight, find_targets
 from krony.words import parse_count
@@ -138,9 +140,8 @@ def test_labels_are_drawn_from_the_probabilities():
 
 
 def test_few_tokens_warn_with_the_number_needed(gpt2):
-    found = calibration.calibrate(gpt2, WINDOWS[:2], names(gpt2), gradients=False)
     with pytest.warns(UserWarning, match="32 calibration tokens are few for 128 .* at least 2560"):
-        calibration.check_tokens(found)
+        compress(gpt2, make_plan(gpt2, small=(2, 2)), init="data", calibration=WINDOWS[:2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -313,13 +314,12 @@ def test_the_budget_goes_where_the_harm_is():
     uniform = sum(
         min(
             c.harm
-            for c in budgets.make_candidates(
-                budgets.Matrix(
-                    t,
-                    dense_weight(model.get_submodule(t.name)),
-                    found.moments[t.name],
+            for c in low_rank_candidates(
+                t,
+                partial(
+                    Matrix, t, dense_weight(model.get_submodule(t.name)), found.moments[t.name]
                 ),
-                "size",
+                Work(),
             )
             if c.parameters <= 0.3 * t.shape[0] * t.shape[1]
         )

@@ -9,8 +9,8 @@ import torch
 from helpers import tiny
 from krony import Factors, KronyError, Plan, make_plan
 from krony.cli import tables
-from krony.compression.budget import ALIGNED, LOST, SHARES, low_rank, sized
 from krony.compression.limits import READ, Candidate, candidate, choose, limits
+from krony.compression.structures import ALIGNED, LOST, SHARES, low_rank, sized
 from krony.hf.families import find_targets
 from krony.hf.plan import matrix_plan
 

@@ -11,9 +11,10 @@ from torch import nn
 from helpers import FAMILIES, logits, refused_without_krony, tiny
 from krony import Factors, KronyError, Plan, compress
 from krony.compression import width
-from krony.compression.budget import make_budget_plan, widths
+from krony.compression.budget import make_budget_plan
 from krony.compression.calibrate import calibrate
 from krony.compression.sequential import DataOptions
+from krony.compression.structures import widths
 from krony.export.quantize import quantize
 from krony.hf.families import dense_weight, find_targets, mlps
 from krony.hf.modeling import config_of, quantised_of

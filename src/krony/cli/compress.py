@@ -1,5 +1,7 @@
 """`krony plan` and `krony compress`, and the options that say which matrix gets which factors."""
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,14 +9,26 @@ import typer
 
 from krony import words
 from krony.cli import tables
-from krony.cli.options import Bos, Destination, DtypeOption, JsonFile, Source, out, progress_bar
+from krony.cli.options import (
+    Bos,
+    Destination,
+    DtypeOption,
+    JsonFile,
+    Source,
+    err,
+    out,
+    progress_bar,
+)
 from krony.errors import KronyError
+
+CURVE = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)  # shares of the targets
 
 if TYPE_CHECKING:
     import torch
     import transformers
 
     from krony.compression.budget import BudgetPlan
+    from krony.compression.work import Work
     from krony.hf.plan import Plan
 
 Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
@@ -53,7 +67,13 @@ Objective = Annotated[
 Calibration = Annotated[
     str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
 ]
-Windows = Annotated[int, typer.Option(help="Windows of calibration text.")]
+Windows = Annotated[
+    int | None, typer.Option(help="Windows of calibration text. Default: what the matrices need.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="The most to hold, 8GB say. Default: 60 % of what is free."),
+]
 Seed = Annotated[int, typer.Option(help="For whatever is random.")]
 
 
@@ -72,28 +92,38 @@ def plan_command(
     flops: Flops = None,
     objective: Objective = None,
     calibration: Calibration = words.SELF,
-    windows: Windows = 128,
+    windows: Windows = None,
     bos: Bos = "auto",
+    memory: Memory = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Ten sizes from one calibration, to choose from.")
+    ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Show which matrix would get which factors, and what that saves.
 
-    The file that --json writes is what compress --plan reads.
+    The file that --json writes is what compress --plan reads; with --curve, ten sizes.
     """
-    from krony.compression import calibrate
+    from krony.compression.work import Work
     from krony.hf import checkpoints
     from krony.measure import info
 
-    budget = _budget(share, params, flops, objective, target)
+    budget = _budget(share, params, flops, None if curve else objective, target)
     _check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
+    if curve:
+        if budget:
+            raise KronyError("--curve tries ten sizes; leave the budget out")
+        tokenizer = checkpoints.find_tokenizer(source)
+        tokens = _tokens(model, tokenizer, calibration, windows, target or "mlp", seed, bos)
+        aim = objective or "size"
+        _curve(model, tokens, target or "mlp", aim, seed, memory, json_file)
+        return
     if budget:
         tokenizer = checkpoints.find_tokenizer(source)
-        tokens = calibrate.calibration_windows(
-            calibration, model, tokenizer, windows, seed=seed, bos=bos
-        )
-        found = _find(model, tokens, budget, seed)
+        tokens = _tokens(model, tokenizer, calibration, windows, budget["target"], seed, bos)
+        found = _find(model, tokens, budget, seed, Work(), memory)
         plan = found.plan
     else:
         plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
@@ -127,18 +157,26 @@ def compress_command(
         words.Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
     ] = None,
     calibration: Calibration = words.SELF,
-    windows: Windows = 128,
+    windows: Windows = None,
     bos: Bos = "auto",
+    memory: Memory = None,
     dtype: DtypeOption = None,
     seed: Seed = 0,
 ) -> None:
-    """Factor a model and write it to a directory that from_pretrained loads."""
-    from krony.compression import calibrate
+    """Factor a model and write it to a directory that from_pretrained loads.
+
+    What is finished is kept beside the directory until it is there: after a stop the same command
+    goes on. Under `accelerate launch` the processes share the calibration text.
+    """
+    from krony.compression import together
     from krony.compression.factorise import DATA, compress
+    from krony.compression.work import Work, beside
     from krony.hf import checkpoints
     from krony.hf.plan import Plan
     from krony.measure import info
+    from krony.measure.memory import parse_bytes
 
+    first = _first_of_processes()
     checkpoints.check_destination(destination)
     budget = _budget(share, params, flops, objective, target)
     _check_one_way(plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers)
@@ -150,12 +188,14 @@ def compress_command(
     by_data = bool(budget) or (plan is not None and any(m.narrowed for m in plan.matrices))
     method = init or (DATA if by_data else "van-loan")
     tokens = found = None
+    work = Work()
     if budget or method == DATA:
-        tokens = calibrate.calibration_windows(
-            calibration, model, tokenizer, windows, seed=seed, bos=bos
-        )
+        chosen = budget["target"] if budget else target or "mlp"
+        folder = beside(destination)
+        tokens = _tokens(model, tokenizer, calibration, windows, chosen, seed, bos, folder)
+        work = Work.of(model, tokens, seed, folder)
     if budget and tokens is not None:
-        found = _find(model, tokens, budget, seed)
+        found = _find(model, tokens, budget, seed, work, memory)
         plan = found.plan
         out.print(tables.plan_table(plan))
     elif plan is None:
@@ -170,15 +210,32 @@ def compress_command(
             calibration=tokens,
             moments=found.moments if found else None,
             progress=lambda *_: bar.advance(task),
+            work=work,
+            memory=parse_bytes(memory),
         )
     if dtype is not None:
         model.to(checkpoints.DTYPES[dtype])  # type: ignore[arg-type]
-    checkpoints.save_model(model, destination, tokenizer)
+    if first:
+        checkpoints.save_model(model, destination, tokenizer)
+        work.remove()
+    together.meet()
     out.print(tables.saving(before, plan))
     out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
     if found is not None:
         out.print(_harm(found))
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
+
+
+def _first_of_processes() -> bool:
+    """Join the processes that a launcher started, if one did; only the first one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch
+    from accelerate import PartialState
+
+    first = bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
+    out.quiet = err.quiet = not first
+    return first
 
 
 def _budget(
@@ -214,23 +271,116 @@ def _check_one_way(
         raise KronyError("a budget finds its own terms and layers; leave those options out")
 
 
+def _tokens(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase | None",
+    calibration: str,
+    windows: int | None,
+    target: str,
+    seed: int,
+    bos: str,
+    folder: Path | None = None,
+) -> "torch.Tensor":
+    """Calibration text; what the model takes long to write itself is kept in the work folder."""
+    import torch
+
+    from krony.compression import calibrate
+    from krony.compression.work import Work
+    from krony.hf.families import find_targets
+    from krony.measure import evaluate
+
+    if windows is None:
+        widest = max(max(t.shape) for t in find_targets(model, target) if t.layer is not None)
+        window = min(calibrate.WINDOW, evaluate.context_length(model))
+        windows = calibrate.enough(widest, window)
+
+    def make() -> "torch.Tensor":
+        return calibrate.calibration_windows(
+            calibration, model, tokenizer, windows, seed=seed, bos=bos
+        )
+
+    if folder is None or calibration != calibrate.SELF:
+        return make()
+    work = Work.of(model, torch.empty(0), seed, folder)
+    return work.once(lambda: {"ids": make()}, "text", windows)["ids"]
+
+
 def _find(
     model: "transformers.PreTrainedModel",
     tokens: "torch.Tensor",
     budget: dict[str, Any],
     seed: int,
+    work: "Work",
+    memory: str | None,
 ) -> "BudgetPlan":
+    from krony.compression import limits
     from krony.compression.budget import make_budget_plan
+    from krony.compression.forecast import forecast
+    from krony.hf.families import find_targets
+    from krony.measure import info
+    from krony.measure.memory import parse_bytes, peak_bytes
 
+    most, started = parse_bytes(memory), time.monotonic()
+    targets = find_targets(model, budget["target"])
+    asked = {key: value for key, value in budget.items() if key != "target"}
+    limits.limits(targets, info.parameters(model), **asked)  # a budget that can't be says so first
+    expected = forecast(model, tokens, targets, most)
+    err.print(
+        f"{tokens.numel():,} tokens of calibration: about {_minutes(expected.seconds)} and "
+        f"{expected.bytes / 1e9:.1f} GB in all, more where sums of Kronecker products win"
+    )
     with progress_bar() as bar:
         task = bar.add_task("Planning", total=None)
-        return make_budget_plan(
+        found = make_budget_plan(
             model,
             tokens,
             **budget,
             seed=seed,
             progress=lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
+            work=work,
+            memory=most,
         )
+    err.print(
+        f"Planned in {_minutes(time.monotonic() - started)}, "
+        f"{peak_bytes(model) / 1e9:.1f} GB at most"
+    )
+    return found
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
+
+
+def _curve(
+    model: "transformers.PreTrainedModel",
+    tokens: "torch.Tensor",
+    target: str,
+    objective: str,
+    seed: int,
+    memory: str | None,
+    json_file: Path | None,
+) -> None:
+    from krony.compression.budget import curve_row, make_curve
+    from krony.hf import checkpoints
+    from krony.measure.memory import parse_bytes
+
+    with progress_bar() as bar:
+        task = bar.add_task("Planning", total=None)
+        found = make_curve(
+            model,
+            tokens,
+            CURVE,
+            target=target,
+            objective=objective,
+            seed=seed,
+            progress=lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
+            memory=parse_bytes(memory),
+        )
+    rows = [curve_row(model, point) for point in found]
+    out.print(tables.curve_table(rows))
+    if json_file is not None:
+        checkpoints.write_json(json_file, rows)
+        out.print(f"Wrote {json_file}")
 
 
 def _harm(found: "BudgetPlan") -> str:

@@ -92,6 +92,25 @@ def saving(before: int, plan: "Plan") -> str:
     )
 
 
+def curve_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A row a size, and its predicted harm as a bar."""
+    made = table(
+        "Sizes to choose from", "share", "parameters", "bytes", "decode", "prefill", "nats", ""
+    )
+    most = max((row["harm"] for row in rows), default=0.0) or 1.0
+    for row in rows:
+        made.add_row(
+            percent(row["share"]),
+            f"{row['parameters']:,}",
+            megabytes(row["bytes"]),
+            percent(row["decode"]),
+            percent(row["prefill"]),
+            f"{row['harm']:.4f}",
+            "█" * max(1, round(30 * row["harm"] / most)),
+        )
+    return made
+
+
 def costs_table(plan: "Plan", kept: Sequence["Target"], dtype: "torch.dtype") -> Table:
     """What a plan costs in each currency, and which structures it takes how often.
 

@@ -1,19 +1,24 @@
 """Second moments of what flows into and back through the matrices of a model.
 
-Memory: for each matrix (m, n) that is asked for, n² + m² numbers in float64; matrices that read the
-same tensor (gate and up; q, k and v) share the first part. GPT-2 small's MLPs take 1.9 GB. They are
-kept on the model's GPU if they leave most of its memory free, and factors are then fitted there.
+Memory: for each matrix (m, n) that is asked for, n² + m² numbers in float32; matrices that read the
+same tensor (gate and up; q, k and v) share the first part. GPT-2 small's MLPs take 1 GB. Each sum
+is over products of a few thousand tokens, themselves float32: a hundred such sums in float64
+instead change no entry by more than 1e-6 of it. They are kept on the model's GPU if they leave most
+of its memory free, and factors are then fitted there. `streaming` collects them block by block.
 """
 
 import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from krony.compression import together
 from krony.errors import KronyError
 from krony.hf.families import dense_weight, states_and_head
 from krony.hf.families import rows as rows_of
@@ -21,7 +26,8 @@ from krony.maths import fit
 from krony.measure import evaluate
 from krony.text import data, docstrings, tokens
 
-TOKENS_PER_DIMENSION = 20
+TOKENS_PER_DIMENSION, LEAST_TOKENS = 20, 2**15
+WINDOW = 512  # tokens; longer ones cost more attention and say no more
 SELF = "self"
 
 
@@ -31,7 +37,7 @@ LOGITS = 2**23  # most logits held at a time, 32 MB each for them, their probabi
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add xᵀ x of (T, n), products in x's own dtype, to the upper triangle of (n, n) in float64.
+    """Add xᵀ x of (T, n), products in x's own dtype, to the upper triangle of (n, n).
 
     What is below the triangle means nothing: `symmetric` reads the sum. Half of the products, and
     no copy of the whole in float64 on the way.
@@ -59,12 +65,18 @@ def windows_at_once(window: int) -> int:
     return max(1, min(MOST_WINDOWS, MOST_TOKENS // window))
 
 
+def batch_of(windows: Tensor) -> int:
+    """Windows that go through a model together: as many as `windows_at_once` that divide them."""
+    most = windows_at_once(windows.shape[1])
+    return max(n for n in range(1, most + 1) if len(windows) % n == 0)
+
+
 @dataclass
 class Inputs:
-    """Moments of the inputs x (n) of a matrix, summed over tokens in float64.
+    """Moments of the inputs x (n) of a matrix, summed over tokens.
 
     Attributes:
-        total: Σ x. square: Σ x xᵀ, its upper triangle (`add_gram`).
+        total: Σ x in float64. square: Σ x xᵀ in float32, its upper triangle (`add_gram`).
     """
 
     total: Tensor
@@ -74,14 +86,20 @@ class Inputs:
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> "Inputs":
         total = torch.zeros(width, dtype=torch.float64, device=device)
-        return cls(total, torch.zeros(width, width, dtype=torch.float64, device=device))
+        return cls(total, torch.zeros(width, width, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Add a block of tokens (..., n): products in its own dtype, the sum in float64."""
+        """Add a block of tokens (..., n): products in its own dtype."""
         x = x.detach().reshape(-1, x.shape[-1])
         self.total += x.sum(0, dtype=torch.float64).to(self.device)
         add_gram(self.square, x)
         self.tokens += len(x)
+
+    def add_up(self) -> None:
+        """Make the sums those of all processes."""
+        together.add_up(self.total)
+        together.add_up(self.square)
+        self.tokens = together.total(self.tokens)
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +114,7 @@ class Inputs:
     @property
     def second(self) -> Tensor:
         """E[x xᵀ], (n, n)."""
-        return symmetric(self.square) / self.tokens
+        return symmetric(self.square.double()) / self.tokens
 
     @property
     def covariance(self) -> Tensor:
@@ -123,7 +141,7 @@ class Moments:
         """E[g gᵀ], (m, m), or None if no gradients were collected."""
         if self.gradient_square is None:
             return None
-        return symmetric(self.gradient_square) / self.tokens
+        return symmetric(self.gradient_square.double()) / self.tokens
 
 
 def calibration_windows(
@@ -146,7 +164,7 @@ def calibration_windows(
     Raises:
         KronyError: no windows, a text shorter than one, or no tokenizer for it.
     """
-    window = window or min(1024, evaluate.context_length(model))
+    window = window or min(WINDOW, evaluate.context_length(model))
     if windows < 1:
         raise KronyError(f"{windows} calibration windows can't be; give at least 1")
     if name == SELF:
@@ -207,10 +225,14 @@ def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tens
     return torch.cat(rows)
 
 
-def check_tokens(moments: dict[str, Moments]) -> None:
+def enough(widest: int, window: int) -> int:
+    """Windows that hold as many tokens as the widest matrix needs, a multiple of eight of them."""
+    needed = max(LEAST_TOKENS, TOKENS_PER_DIMENSION * widest)
+    return -(-needed // (8 * window)) * 8
+
+
+def check_tokens(tokens: int, width: int) -> None:
     """Warn where there are fewer than 20 tokens for each input dimension."""
-    width = max(m.inputs.total.numel() for m in moments.values())
-    tokens = min(m.inputs.tokens for m in moments.values())
     if tokens < TOKENS_PER_DIMENSION * width:
         warnings.warn(
             f"{tokens} calibration tokens are few for {width} input dimensions: the factors may "
@@ -243,58 +265,31 @@ def calibrate(
     batch = batch or windows_at_once(windows.shape[1])
     states, head = states_and_head(model)
     vocabulary = model.config.get_text_config().vocab_size
-    found: dict[str, Moments] = {}
-    # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
-    shared: dict[int, tuple[Tensor, Inputs]] = {}
-    readers: set[str] = set()  # those that add to the inputs, one of all that share them
     modules = {name: model.get_submodule(name) for name in names}
-    home = _home(model, list(modules.values()))
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            (x,) = arguments
-            if name not in found:  # the first batch shows which matrices read the same tensor
-                if id(x) not in shared:
-                    shared[id(x)] = (x, Inputs.zeros(x.shape[-1], home))
-                    readers.add(name)
-                inputs = shared[id(x)][1]
-                width = output.shape[-1]
-                square = Inputs.zeros(width, home).square if gradients else None
-                found[name] = Moments(inputs, square)
-            entry = found[name]
-            if name in readers:
-                entry.inputs.add(x)
-            if gradients:
-                output.register_hook(lambda g: _add_gradient(entry, g))
-
-        return hook
-
-    handles = [module.register_forward_hook(enter(name)) for name, module in modules.items()]
-    generator = torch.Generator().manual_seed(seed)
+    collector = Collector(modules, gradients, home_of(model, list(modules.values())))
     flags = [p.requires_grad for p in model.parameters()]
     try:
         # Only activations need gradients; the input embeddings start the graph.
         model.requires_grad_(False)
-        for start in range(0, len(windows), batch):
-            ids = windows[start : start + batch].to(model.device)
-            with torch.set_grad_enabled(gradients):
-                embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
-                hidden = states(inputs_embeds=embedded)
-            if gradients:
-                backward_from_samples(hidden, head, vocabulary, generator)
-            elif head in modules.values():
-                head(hidden)  # for its hook alone
-            if start == 0:
-                shared.clear()
-            if progress is not None:
-                progress(min(start + batch, len(windows)), len(windows))
+        with collector:
+            for start in range(0, len(windows), batch):
+                ids = windows[start : start + batch].to(model.device)
+                with torch.set_grad_enabled(gradients):
+                    embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
+                    hidden = states(inputs_embeds=embedded)
+                if gradients:
+                    labels = labels_of(seed, start // batch)
+                    backward_from_samples(hidden, head, vocabulary, labels)
+                elif head in modules.values():
+                    head(hidden)  # for its hook alone
+                collector.settle()
+                if progress is not None:
+                    progress(min(start + batch, len(windows)), len(windows))
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
-    check_moments(found, names)
-    return found
+    check_moments(collector.found, names)
+    return collector.found
 
 
 def check_moments(found: dict[str, Moments], names: list[str]) -> None:
@@ -314,14 +309,63 @@ def check_moments(found: dict[str, Moments], names: list[str]) -> None:
             )
 
 
-def _home(model: PreTrainedModel, modules: list[nn.Module]) -> torch.device:
+class Collector:
+    """Inside, every forward and backward pass adds to the moments of linear layers.
+
+    Attributes:
+        found: by name, in the order in which the layers first ran.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], gradients: bool, home: torch.device) -> None:
+        self.modules, self.gradients, self.home = modules, gradients, home
+        self.found: dict[str, Moments] = {}
+        # By identity of the tensor, which is kept alive: ids of freed tensors are used again.
+        self.shared: dict[int, tuple[Tensor, Inputs]] = {}
+        self.readers: set[str] = set()  # those that add to the inputs, one of all that share them
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "Collector":
+        self.handles = [
+            module.register_forward_hook(partial(self._seen, name))
+            for name, module in self.modules.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def settle(self) -> None:
+        """After the first batch it is known which layers read the same tensor."""
+        self.shared.clear()
+
+    def _seen(
+        self, name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        (x,) = arguments
+        if name not in self.found:
+            if id(x) not in self.shared:
+                self.shared[id(x)] = (x, Inputs.zeros(x.shape[-1], self.home))
+                self.readers.add(name)
+            inputs = self.shared[id(x)][1]
+            width = output.shape[-1]
+            square = Inputs.zeros(width, self.home).square if self.gradients else None
+            self.found[name] = Moments(inputs, square)
+        entry = self.found[name]
+        if name in self.readers:
+            entry.inputs.add(x)
+        if self.gradients:
+            output.register_hook(lambda g: _add_gradient(entry, g))
+
+
+def home_of(model: PreTrainedModel, modules: list[nn.Module]) -> torch.device:
     """The model's GPU if the moments take less than a quarter of its free memory, else the CPU."""
     if model.device.type != "cuda":
         return torch.device("cpu")
     shapes = [dense_weight(module).shape for module in modules]
     free, _ = torch.cuda.mem_get_info(model.device)
     return (
-        model.device if 32 * sum(m * m + n * n for m, n in shapes) < free else torch.device("cpu")
+        model.device if 16 * sum(m * m + n * n for m, n in shapes) < free else torch.device("cpu")
     )
 
 
@@ -330,6 +374,11 @@ def _add_gradient(entry: Moments, gradient: Tensor) -> None:
     assert entry.gradient_square is not None
     add_gram(entry.gradient_square, flat)
     entry.tokens += len(flat)
+
+
+def labels_of(seed: int, batch: int) -> torch.Generator:
+    """Draws the labels of one batch, whichever process has it."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * batch)
 
 
 def backward_from_samples(

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression.calibrate import backward_from_samples, gram, windows_at_once
+from krony.compression.work import Tensors, Work
 from krony.hf.families import Target, states_and_head
 from krony.hf.replay import captured
 from krony.maths import fit, kron
@@ -164,6 +165,38 @@ def calibrate(
     output = Use(written / tokens, fit.ridged(hidden / tokens, fit.INPUT_RIDGE))
     uses = {"head": (output,), "embedding": (lookup,)}
     return {t.name: RowMetric((lookup, output) if t.tied else uses[t.role]) for t in targets}
+
+
+def once(
+    model: PreTrainedModel,
+    windows: Tensor,
+    targets: list[Target],
+    work: Work,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, RowMetric]:
+    """`calibrate`, or what an earlier run of it left in `work`."""
+
+    def make() -> Tensors:
+        found = calibrate(model, windows, targets, seed=seed, progress=progress)
+        return {
+            f"{part} {number} {name}": tensor
+            for name, metric in found.items()
+            for number, use in enumerate(metric.uses)
+            for part, tensor in (("rows", use.rows), ("columns", use.columns))
+        }
+
+    kept = work.once(make, "ends", [t.name for t in targets])
+    return {
+        t.name: RowMetric(
+            tuple(
+                Use(kept[f"rows {number} {t.name}"], kept[f"columns {number} {t.name}"])
+                for number in range(2 if t.tied else 1)
+            )
+        )
+        for t in targets
+    }
 
 
 def _square(x: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 import copy
 import difflib
+from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from krony.compression import calibrate, embedding, width
+from krony.compression import calibrate, embedding, streaming, width
 from krony.compression.calibrate import Moments
 from krony.compression.embedding import RowMetric
+from krony.compression.inits import INITS, Terms
 from krony.compression.sequential import DataOptions, Fitted, fit_plan
+from krony.compression.work import Work
 from krony.errors import KronyError
 from krony.hf import families
 from krony.hf.families import Target, dense_weight, find_targets
@@ -29,96 +31,10 @@ from krony.hf.modeling import (
     quantised_of,
 )
 from krony.hf.plan import MatrixPlan, Plan
-from krony.maths import kron
-from krony.maths.schemes import Factors
 from krony.nn.layers import KroneckerLinear
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Known = Moments | RowMetric  # what calibration found out about one matrix
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The factors of one group, float64: A (R, m1, n1), B (R, m2, n2), and s (R,)."""
-
-    large: Tensor
-    small: Tensor
-    scalars: Tensor
-
-    @classmethod
-    def from_layout(cls, factors: Factors, outer: Tensor, inner: Tensor) -> "Terms":
-        """Sort outer and inner factors into large and small."""
-        large, small = kron.in_order(outer, inner, factors.layout)
-        ones = torch.ones(factors.terms, dtype=torch.float64, device=outer.device)
-        return cls(large, small, ones)
-
-    def ordered(self, factors: Factors) -> tuple[Tensor, Tensor]:
-        """(outer, inner), the scalars multiplied in."""
-        small = self.small * self.scalars[:, None, None]
-        return kron.in_order(self.large, small, factors.layout)
-
-    def scaled(self, alpha: float) -> "Terms":
-        """Every term times alpha, carried by the scalars."""
-        return Terms(self.large, self.small, self.scalars * alpha)
-
-
-def van_loan(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
-    """Nearest in the Frobenius norm; each further group is fitted to what the others leave."""
-    found, rest = [], weight
-    for factors in matrix.groups:
-        outer, inner = kron.van_loan(rest, *factors.sides, factors.terms, seed)
-        found.append(Terms.from_layout(factors, outer, inner))
-        if len(matrix.groups) > 1:
-            rest = rest - kron.to_dense(outer, inner)
-    return found
-
-
-def van_loan_scaled(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
-    """Van Loan times α = ‖W‖/‖Ŵ‖ (Krony-PT, section III-F); with scalars, s_r = α."""
-    found = van_loan(weight, matrix, seed)
-    kept = float(_dense(found, matrix).norm())
-    alpha = float(weight.norm()) / kept if kept > 0 else 1.0
-    return [terms.scaled(alpha) for terms in found]
-
-
-def prune(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
-    """Keep one row or column of every block, 0.1 of it elsewhere (Krony-PT, section III-G)."""
-    if len(matrix.groups) != 1 or matrix.groups[0].terms != 1:
-        raise KronyError(
-            f"the prune initialisation is one term of one shape, and the plan gives {matrix.name} "
-            f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
-        )
-    (factors,) = matrix.groups
-    pair = kron.prune(weight, *factors.sides, factors.layout == "small-outer")
-    return [Terms.from_layout(factors, *pair)]
-
-
-def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
-    """Gaussian factors with the norm of the dense matrix: the floor that others must beat."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for factors in matrix.groups:
-        outer, inner = (
-            torch.randn(factors.terms, *side, generator=generator, dtype=torch.float64)
-            for side in factors.sides
-        )
-        found.append(Terms.from_layout(factors, outer.to(weight.device), inner.to(weight.device)))
-    scale = float(weight.norm() / _dense(found, matrix).norm()) ** 0.5
-    return [Terms(t.large * scale, t.small * scale, t.scalars) for t in found]
-
-
-Initialisation = Callable[[Tensor, MatrixPlan, int], list[Terms]]
-INITS: dict[str, Initialisation] = {
-    "van-loan": van_loan,
-    "van-loan-scaled": van_loan_scaled,
-    "prune": prune,
-    "random": random,
-}
-"""Initialisations by weights: (weight (m, n) in float64, its plan, seed) to the factors a group."""
-
-
-def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
-    return kron.sum_to_dense([t.ordered(g) for t, g in zip(found, matrix.groups, strict=True)])
 
 
 DATA = "data"
@@ -134,6 +50,8 @@ def compress(
     moments: Mapping[str, Known] | None = None,
     options: DataOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    work: Work | None = None,
+    memory: int | None = None,
 ) -> Model:
     """Replace the planned matrices by Kronecker factors, in place, and return the model.
 
@@ -149,6 +67,8 @@ def compress(
         moments: what `calibrate.calibrate` found on them, if that was done already.
         options: the ingredients of "data"; default: all.
         progress: called with (name of the matrix, its number from 1, how many).
+        work: where "data" keeps finished stages and looks for them; default: in memory.
+        memory: bytes that "data" may take in all; default: 60 % of what is free.
     Raises:
         KronyError: a planned matrix that the model does not have, has in another shape, or with
             NaN or Inf in it; an unknown `init`, or one that the plan's shapes rule out.
@@ -176,7 +96,10 @@ def compress(
         if calibration is None:
             raise KronyError("the data initialisation needs calibration windows; none were given")
         options = options or DataOptions()
-        layers, errors = _by_data(model, plan, calibration, moments, options, seed, progress)
+        work = work or Work()
+        if moments is None:
+            moments = _moments(model, plan, calibration, options, seed, work, memory)
+        layers, errors = _by_data(model, plan, calibration, moments, options, work, progress)
     else:
         layers, errors = _by_weights(modules, plan, init, seed, progress)
     provenance: dict[str, Any] = {"init": init, "seed": seed, "matrices": errors}
@@ -236,40 +159,37 @@ def _by_data(
     model: PreTrainedModel,
     plan: Plan,
     calibration: Tensor,
-    moments: Mapping[str, Known] | None,
+    moments: Mapping[str, Known],
     options: DataOptions,
-    seed: int,
+    work: Work,
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[Layers, Errors]:
-    work = calibrate.full_precision(model)
-    ends = _ends(work, plan)
+    exact = calibrate.full_precision(model)
+    ends = _ends(exact, plan)
     inner = Plan(tuple(m for m in plan.matrices if m.name not in ends))
-    if moments is None:
-        names = [matrix.name for matrix in inner.matrices]
-        moments = collect(work, calibration, names, list(ends.values()), options.gradients, seed)
     fitted: dict[str, tuple[Any, float]] = {}
     embedded = None
-    start = work
+    start = exact
     for matrix in plan.matrices:
-        metric = moments[matrix.name]
-        if isinstance(metric, RowMetric):
-            module = work.get_submodule(matrix.name)
+        if matrix.name in ends and isinstance(metric := moments[matrix.name], RowMetric):
+            module = exact.get_submodule(matrix.name)
             weight = dense_weight(module).detach().double().cpu()
             pairs, harm = embedding.factors(weight, metric, matrix.groups)
             layer = _install(module, matrix, Fitted(pairs, None, harm))
             fitted[matrix.name] = layer, harm
             if matrix.embedding and options.sequential:
-                embedded = copy.deepcopy(work)
+                embedded = copy.deepcopy(exact)
                 install(embedded, matrix, copy.deepcopy(layer))
             if progress is not None:
                 progress(matrix.name, len(fitted), len(plan.matrices))
     if inner.matrices:
-        within = {n: m for n, m in moments.items() if isinstance(m, Moments)}
-        calibrate.check_tokens(within)
-        narrow = width.narrowed(work, inner, within, options.bias, options.centred)
+        widest = max((m.dense_shape or m.shape)[1] for m in inner.matrices)
+        calibrate.check_tokens(calibration.numel(), widest)
+        within = cast(Mapping[str, Moments], moments)  # of matrices in blocks
+        narrow = width.narrowed(exact, inner, within, options.bias, options.centred, work)
         found = fit_plan(
-            work, inner, calibration, narrow, _install, options,
-            progress=progress, embedded=embedded,
+            exact, inner, calibration, narrow, _install, options,
+            progress=progress, embedded=embedded, work=work,
         )  # fmt: skip
         start = narrow.model
         fitted |= {name: (layer, fit.harm) for name, (layer, fit) in found.items()}
@@ -289,6 +209,31 @@ def _by_data(
     return layers, errors
 
 
+def _moments(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Tensor,
+    options: DataOptions,
+    seed: int,
+    work: Work,
+    memory: int | None,
+) -> Mapping[str, Known]:
+    """Of all that a plan names."""
+    exact = calibrate.full_precision(model)
+    ends = _ends(exact, plan)
+    names = [matrix.name for matrix in plan.matrices if matrix.name not in ends]
+    return collect(
+        exact,
+        windows,
+        names,
+        list(ends.values()),
+        options.gradients,
+        seed,
+        work=work,
+        memory=memory,
+    )
+
+
 def collect(
     model: PreTrainedModel,
     windows: Tensor,
@@ -297,16 +242,31 @@ def collect(
     gradients: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Known]:
-    """What the data initialisation needs to know: of matrices in blocks, and of the ends."""
+    work: Work | None = None,
+    memory: int | None = None,
+) -> Mapping[str, Known]:
+    """What the data initialisation needs to know: of matrices in blocks, and of the ends.
+
+    Args:
+        work: where it is kept; default: in memory.
+        memory: bytes that may be held in all; default: 60 % of what is free.
+    """
+    work = work or Work()
     found: dict[str, Known] = {}
     if ends:
-        found |= embedding.calibrate(model, windows, ends, seed=seed, progress=progress)
-    if names:
-        found |= calibrate.calibrate(
-            model, windows, names, gradients=gradients, seed=seed, progress=progress
+        found |= embedding.once(model, windows, ends, work, seed=seed, progress=progress)
+    if not names:
+        return found
+    if gradients:
+        room = streaming.room(model, windows, names, memory)
+        inner = streaming.collect(
+            model, windows, names, work, room=room, seed=seed, progress=progress
         )
-    return found
+    else:
+        inner = calibrate.calibrate(
+            model, windows, names, gradients=False, seed=seed, progress=progress
+        )
+    return ChainMap(found, cast(dict[str, Known], inner))
 
 
 def _ends(model: PreTrainedModel, plan: Plan) -> dict[str, Target]:

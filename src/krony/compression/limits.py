@@ -139,6 +139,7 @@ def choose(
                 f"a budget of {limit:,.0f} ({currency}) can't be met: the smallest factors take "
                 f"{least:,.0f}; give more"
             )
+    candidates = [_undominated(row, list(most)) for row in candidates]
     flat = [candidate for row in candidates for candidate in row]
     rows = np.zeros((len(candidates), len(flat)))
     start = 0
@@ -164,3 +165,13 @@ def choose(
             f"({', '.join(f'{limit:,.0f} {name}' for name, limit in most.items())}); give more"
         )
     return [c for c, taken in zip(flat, solution.x, strict=True) if taken > 0.5]
+
+
+def _undominated(row: Sequence[Candidate], currencies: list[Currency]) -> list[Candidate]:
+    """Those than which no other is as good in everything and better, or earlier, in something."""
+    figures = np.array([[c.harm, *(c.cost(name) for name in currencies)] for c in row])
+    kept: list[int] = []
+    for i in np.lexsort(figures.T[::-1]):  # by harm: only what was kept can dominate
+        if not kept or not (figures[kept] <= figures[i]).all(1).any():
+            kept.append(int(i))
+    return [row[i] for i in sorted(kept)]

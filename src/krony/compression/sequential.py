@@ -10,16 +10,17 @@ first fit, and a matrix without factors becomes K C⁻¹ itself.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from krony.compression import calibrate
+from krony.compression import calibrate, together
 from krony.compression.calibrate import Inputs
 from krony.compression.width import Narrowed
+from krony.compression.work import Tensors, Work
 from krony.errors import KronyError
 from krony.hf import replay
 from krony.hf.families import blocks, dense_weight
@@ -117,7 +118,8 @@ def fit_matrix(
             cross = cross - torch.outer(mean, inputs.mean)
         # From the dense weight: where the sample says nothing, nothing changes.
         moments = inputs.covariance if centred else inputs.second
-        step = torch.linalg.solve(metric.inputs, (cross - weight @ moments).T).T
+        rest = cross - weight @ moments
+        step = torch.cholesky_solve(rest.T, torch.linalg.cholesky(metric.inputs)).T
         wanted = weight + step
     pairs: list[fit.Pair] = []
     harm, dense = 0.0, wanted
@@ -141,6 +143,7 @@ def fit_plan(
     options: DataOptions,
     progress: Callable[[str, int, int], None] | None = None,
     embedded: PreTrainedModel | None = None,
+    work: Work | None = None,
 ) -> dict[str, tuple[nn.Module, Fitted]]:
     """Fit every matrix of the plan, in the order of the forward pass. The model is not changed.
 
@@ -151,6 +154,7 @@ def fit_plan(
         install: makes the factored layer from the dense one, the plan and the fit.
         progress: called with (name, number from 1, how many).
         embedded: the model with its embedding factored already, whose hidden states to start from.
+        work: where fitted blocks are kept.
     Returns:
         The factored layer and its fit, by name.
     Raises:
@@ -159,6 +163,13 @@ def fit_plan(
     done: dict[str, tuple[nn.Module, Fitted]] = {}
     planned = {matrix.name: matrix for matrix in plan.matrices}
     start, moments, rows = narrow.model, narrow.moments, narrow.rows
+
+    def put(name: str, layer: nn.Module, fitted: Fitted) -> nn.Module:
+        made = install(layer, planned[name], fitted)
+        done[name] = (made, fitted)
+        if progress is not None:
+            progress(name, len(done), len(planned))
+        return made
 
     def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
         entry, matrix = moments[name], planned[name]
@@ -173,11 +184,7 @@ def fit_plan(
             options,
             pairing,
         )
-        made = install(layer, matrix, fitted)
-        done[name] = (made, fitted)
-        if progress is not None:
-            progress(name, len(done), len(planned))
-        return made
+        return put(name, layer, fitted)
 
     if not options.sequential:
         for name in planned:
@@ -195,36 +202,71 @@ def fit_plan(
     last = max(
         i for i, (block, _, _) in enumerate(named) if any(n.startswith(block + ".") for n in inside)
     )
-    batch = calibrate.windows_at_once(windows.shape[1])
+    work = work or Work()
+    depends = plan.to_dict(), asdict(options)
+    batch = calibrate.batch_of(windows)
+    windows = together.share(windows, batch)
     stream = BlockStream(model, [module for _, _, module in named], windows, batch)
     dense_hidden, hidden = stream.hidden, list(stream.hidden)
     if embedded is not None:
         hidden = BlockStream(embedded, [blocks(embedded)[0][2]], windows, batch).hidden
-    with torch.no_grad():
+    with torch.no_grad(), replay.fast_products(model):
         for index, (block_name, _, dense) in enumerate(named[: last + 1]):
-            work = copy.deepcopy(start.get_submodule(block_name))
+            current = copy.deepcopy(start.get_submodule(block_name))
             prefix = block_name + "."
             mine = [n.removeprefix(prefix) for n in inside if n.startswith(prefix)]
             after: list[Tensor] = []  # outputs of the dense block: the next one's inputs
-            for stage in _stages(stream, index, dense, dense_hidden[0], mine):
+            kept = work.get("fitted", block_name, *depends) if mine else None
+            for name, fitted in _unpack(kept or {}).items():
+                made = put(prefix + name, start.get_submodule(prefix + name), fitted)
+                current.set_submodule(name, _folded(made, planned[prefix + name]))
+            for stage in _stages(stream, index, dense, dense_hidden[0], [] if kept else mine):
                 lift = options.residual and _writes_the_stream(
-                    stream, index, work, hidden[0], stage
+                    stream, index, current, hidden[0], stage
                 )
                 home = moments[prefix + stage[0]].inputs.device
                 pairings = _pair(
-                    stream, index, dense, work, dense_hidden, hidden, after, stage, lift, home,
+                    stream, index, dense, current, dense_hidden, hidden, after, stage, lift, home,
                     {n: rows[prefix + n] for n in stage if prefix + n in rows},
                 )  # fmt: skip
                 for name, pairing in pairings.items():
                     made = solve(prefix + name, start.get_submodule(prefix + name), pairing)
-                    # Folded: for hundreds of windows many terms take longer than the dense matrix.
-                    if isinstance(made, KroneckerLinear):
-                        made = dense_layer(made, planned[prefix + name].conv1d)
-                    work.set_submodule(name, made)
+                    current.set_submodule(name, _folded(made, planned[prefix + name]))
+            if mine and kept is None:
+                fits = {name: done[prefix + name][1] for name in mine}
+                work.put(_pack(fits), "fitted", block_name, *depends)
             if index < last:
                 dense_hidden = after or [stream.run(index, dense, h) for h in dense_hidden]
-                hidden = [stream.run(index, work, h) for h in hidden]
+                hidden = [stream.run(index, current, h) for h in hidden]
     return done
+
+
+def _folded(layer: nn.Module, matrix: MatrixPlan) -> nn.Module:
+    """Factors as the dense matrix: for hundreds of windows many terms take longer."""
+    return dense_layer(layer, matrix.conv1d) if isinstance(layer, KroneckerLinear) else layer
+
+
+def _pack(fits: dict[str, Fitted]) -> Tensors:
+    found: Tensors = {}
+    for name, fitted in fits.items():
+        found[f"{name} harm"] = torch.tensor(fitted.harm, dtype=torch.float64)
+        if fitted.bias is not None:
+            found[f"{name} bias"] = fitted.bias
+        if fitted.weight is not None:
+            found[f"{name} weight"] = fitted.weight
+        for number, (outer, inner) in enumerate(fitted.pairs):
+            found |= {f"{name} outer {number}": outer, f"{name} inner {number}": inner}
+    return found
+
+
+def _unpack(kept: Tensors) -> dict[str, Fitted]:
+    found = {}
+    for name in dict.fromkeys(key.split(" ")[0] for key in kept):
+        count = sum(key.startswith(f"{name} outer ") for key in kept)
+        pairs = [(kept[f"{name} outer {i}"], kept[f"{name} inner {i}"]) for i in range(count)]
+        bias, weight = kept.get(f"{name} bias"), kept.get(f"{name} weight")
+        found[name] = Fitted(pairs, bias, float(kept[f"{name} harm"]), weight)
+    return found
 
 
 def _stages(
@@ -308,4 +350,9 @@ def _pair(
             if name not in found:
                 found[name] = _Pairing.zeros(y.shape[-1], shared)
             found[name].add(x, y)
+    if found:
+        next(iter(found.values())).inputs.add_up()  # which all of them share
+    for pairing in found.values():
+        together.add_up(pairing.cross)
+        together.add_up(pairing.mean_out)
     return found

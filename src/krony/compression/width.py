@@ -8,6 +8,7 @@ costs ½ w_jᵀ G w_j / P_jj nats a token, w_j its column. What stays is solved 
 """
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from krony.compression.calibrate import Inputs, Moments
+from krony.compression.calibrate import Inputs, Moments, full_precision
+from krony.compression.work import Work
 from krony.errors import KronyError
 from krony.hf.families import MLP, PROBE, dense_weight
 from krony.hf.modeling import Plain, plain_layer, sharing
@@ -50,6 +52,14 @@ def elimination(weight: Tensor, metric: Metric) -> Tensor:
         inverse.addmm_(inverse[:, out], share, alpha=-1)
         dead[out] = True
     return torch.cat([*gone, left[~dead]])
+
+
+def order(name: str, weight: Tensor, metric: Metric, work: Work | None) -> Tensor:
+    """`elimination` for the matrix of that name, once for all budgets."""
+    if work is None:
+        return elimination(weight, metric)
+    found = work.once(lambda: {"order": elimination(weight, metric)}, "order", name)
+    return found["order"].to(weight.device)
 
 
 def _greedy(inverse: Tensor, columns: Tensor, count: int) -> Tensor:
@@ -127,28 +137,55 @@ class Narrowed:
     """
 
     model: PreTrainedModel
-    moments: dict[str, Moments]
+    moments: Mapping[str, Moments]
     rows: dict[str, Tensor]
+
+
+class _Sliced(Mapping[str, Moments]):
+    """Moments of which some are of fewer units, cut out when they are asked for."""
+
+    def __init__(
+        self, whole: Mapping[str, Moments], writers: dict[str, Tensor], readers: dict[str, Tensor]
+    ) -> None:
+        self._whole, self._writers, self._readers = whole, writers, readers
+
+    def __getitem__(self, name: str) -> Moments:
+        entry = self._whole[name]
+        if name in self._writers:
+            return up_moments(entry, self._writers[name])
+        if name in self._readers:
+            return down_moments(entry, self._readers[name])
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
 
 
 @torch.no_grad()
 def narrowed(
     model: PreTrainedModel,
     plan: Plan,
-    moments: dict[str, Moments],
+    moments: Mapping[str, Moments],
     bias: bool = True,
     centred: bool = True,
+    work: Work | None = None,
 ) -> Narrowed:
     """Take out the hidden units; the model is not changed.
 
     Args:
         bias: let the bias of the matrix that reads the units make up for the mean of those gone.
         centred: weigh the units by their covariance, where the bias takes the mean.
+        work: where the order of elimination may be known already.
     """
-    found = Narrowed(model, dict(moments), {})
+    found = Narrowed(model, moments, {})
     if not any(matrix.narrowed for matrix in plan.matrices):
         return found
-    found = replace(found, model=sharing(model))
+    writers: dict[str, Tensor] = {}
+    readers: dict[str, Tensor] = {}
+    found = Narrowed(sharing(model), _Sliced(moments, writers, readers), {})
     for ups, matrix in _groups(plan):
         layer: Any = found.model.get_submodule(matrix.name)
         entry = moments[matrix.name]
@@ -156,7 +193,8 @@ def narrowed(
         weight = dense_weight(layer).double().to(home)
         shift = bias and layer.bias is not None
         metric = Metric.of(entry.inputs.weighing(shift and centred), entry.gradient, m)
-        units = narrow(weight, metric, elimination(weight, metric), matrix.shape[1])
+        known = work if bias and centred else None
+        units = narrow(weight, metric, order(matrix.name, weight, metric, known), matrix.shape[1])
         new_bias = layer.bias
         if shift:
             mean = entry.inputs.mean
@@ -164,14 +202,14 @@ def narrowed(
             new_bias = layer.bias + gone.to(layer.bias)
         down = units.down.to(layer.weight)
         found.model.set_submodule(matrix.name, plain_layer(down, new_bias, matrix.conv1d))
-        found.moments[matrix.name] = down_moments(entry, units.kept)
+        readers[matrix.name] = units.kept
         for up in ups:
             layer = found.model.get_submodule(up.name)
             rows = rows_of(units.kept, hidden, up.parts)
             found.rows[up.name] = rows.to(layer.weight.device)
             fewer = _with_rows(layer, found.rows[up.name], up.conv1d)
             found.model.set_submodule(up.name, fewer)
-            found.moments[up.name] = up_moments(moments[up.name], rows)
+            writers[up.name] = rows
     return found
 
 
@@ -198,6 +236,23 @@ def _groups(plan: Plan) -> list[tuple[list[MatrixPlan], MatrixPlan]]:
                 "of its matrices; make the plan with --budget"
             )
         found.append((ups, downs[0]))
+    return found
+
+
+def that_narrow(model: PreTrainedModel, mlps: list[MLP]) -> list[MLP]:
+    """Those that work with fewer hidden units (`can_narrow`), tried on one of each kind."""
+    if not mlps:
+        return []
+    exact = full_precision(model)  # rounding must not look like a difference
+    answers: dict[Any, bool] = {}
+    found = []
+    for mlp in mlps:
+        parent = model.get_submodule(mlp.down.name.rpartition(".")[0])
+        kind = type(parent), repr(parent)
+        if kind not in answers:
+            answers[kind] = can_narrow(exact, mlp)
+        if answers[kind]:
+            found.append(mlp)
     return found
 
 

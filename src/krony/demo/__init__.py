@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.compression import calibrate
 from krony.compression.budget import make_budget_plan
-from krony.compression.factorise import DATA, INITS, compress
+from krony.compression.factorise import DATA, compress
+from krony.compression.inits import INITS
 from krony.hf import checkpoints
 from krony.hf.plan import Plan, make_plan
 from krony.maths.kron import Shape

@@ -8,6 +8,33 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+WIDE = 512  # columns of a model from which products rounded to bfloat16 are faster
+
+
+@contextmanager
+def fast_products(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, float32 products of a model's size take the units that a machine has for rounded
+    factors: bfloat16 in tiles on CPUs (AMX), TF32 on GPUs. Sums are float32.
+
+    A relative rounding of 2⁻⁹ adds about 1e-6 of its diagonal to a second moment: the ridge that it
+    gets anyhow.
+    """
+    wide = model.config.get_text_config().hidden_size >= WIDE
+    tiles = model.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    rates: list[tuple[Any, str]] = []
+    if wide and tiles:
+        rates.append((torch.backends.mkldnn.matmul, "bf16"))  # type: ignore[attr-defined]
+    elif wide and model.device.type == "cuda":
+        rates.append((torch.backends.cuda.matmul, "tf32"))
+    before = [units.fp32_precision for units, _ in rates]
+    try:
+        for units, name in rates:
+            units.fp32_precision = name
+        yield
+    finally:
+        for (units, _), name in zip(rates, before, strict=True):
+            units.fp32_precision = name
+
 
 class BlockStream:
     """Replays the blocks of a model on stored hidden states, one block at a time.

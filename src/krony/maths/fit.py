@@ -139,7 +139,12 @@ def low_rank_harm(weight: Tensor, metric: Metric) -> Tensor:
     if m < n:
         weight, left, right = weight.T, right, left
     factor = root(right)
-    gram = factor.T @ (weight.T @ left @ weight) @ factor
+    return rank_harm(factor.T @ (weight.T @ left @ weight) @ factor)
+
+
+def rank_harm(gram: Tensor) -> Tensor:
+    """The harm of the best matrix of every rank, from the smaller Gram matrix of the whitened one,
+    (k, k): (k + 1,)."""
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     return 0.5 * torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
 
