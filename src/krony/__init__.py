@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {  # of each public name; the imports above say the same to type checkers
-    "INITS": "compression.factorise",
+    "INITS": "compression.inits",
     "SCHEMES": "maths.schemes",
     "BudgetPlan": "compression.budget",
     "DataOptions": "compression.sequential",

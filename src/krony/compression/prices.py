@@ -328,7 +328,7 @@ class Sums:
         return [c.parameters for c in low], [math.log(max(c.harm, 1e-300)) for c in low]
 
     def _guess(self, name: str, part: float) -> float:
-        """The least that a fitted one of its kind left; `SUMS` before there is one."""
+        """What fitted ones of its kind left on average; `SUMS` before there is one."""
         kind = self._kind(name, part)
         known = [
             ratio
@@ -336,7 +336,7 @@ class Sums:
             if points and self._kind(other, its) == kind
             for _, ratio in points
         ]
-        return min(known, default=SUMS)
+        return sum(known) / len(known) if known else SUMS
 
     def _known(self, name: str, part: float, share: float) -> bool:
         return any(1 / NEAR <= share / s <= NEAR for s, _ in self.fitted[name, part])
