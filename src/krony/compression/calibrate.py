@@ -276,7 +276,7 @@ def calibrate(
                 ids = windows[start : start + batch].to(model.device)
                 with torch.set_grad_enabled(gradients):
                     embedded = model.get_input_embeddings()(ids).requires_grad_(gradients)
-                    hidden = states(inputs_embeds=embedded)
+                    hidden = states(inputs_embeds=embedded.clone())  # CTRL scales it in place
                 if gradients:
                     labels = labels_of(seed, start // batch)
                     backward_from_samples(hidden, head, vocabulary, labels)

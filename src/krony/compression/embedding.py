@@ -145,7 +145,7 @@ def calibrate(
             ids = windows[start : start + batch].to(model.device)
             embedded = model.get_input_embeddings()(ids).requires_grad_()
             with captured({"head": head}, outputs=False) as seen:
-                last = states(inputs_embeds=embedded)
+                last = states(inputs_embeds=embedded.clone())  # CTRL scales it in place
             backward_from_samples(last, to_logits, head.weight.shape[0], generator, count)
             assert embedded.grad is not None
             hidden += _square(seen.get("head", last.detach()))

@@ -49,6 +49,10 @@ SETS: dict[str, tuple[Role, ...]] = {
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
+# What a decoder would read an encoder by, had it one: no token passes through it.
+CROSS = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Target:
     """A matrix that can be factored.
@@ -273,6 +277,8 @@ def _block_targets(model: PreTrainedModel) -> list[Target]:
                 continue
             target = replace(_target(name, module), layer=index)
             inner = name.removeprefix(block_name)
+            if CROSS.search(inner):
+                continue
             if ATTENTION.search(inner):
                 found.append(replace(target, role="attention"))
             else:
