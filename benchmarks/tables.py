@@ -1,7 +1,7 @@
-"""docs/results.md out of benchmarks/results/*.json: the tables, put into docs/results.in.md.
+"""docs/results.md and README's table out of benchmarks/results/*.json.
 
-A line `{{ name arguments }}` of the template becomes what the function of that name makes
-(tables_quality.py, tables_speed.py). A test holds the two together.
+A line `{{ name arguments }}` of docs/results.in.md becomes what the function of that name makes
+(tables_quality.py, tables_speed.py). Tests hold the pages and the files together.
 
 python benchmarks/tables.py [--check]
 """
@@ -17,8 +17,10 @@ from tabular import DOCS, TABLES
 
 TEMPLATE, PAGE = DOCS / "results.in.md", DOCS / "results.md"
 NOTE = "<!-- Made by `make docs` from results.in.md and benchmarks/results: edit those. -->\n\n"
+README = DOCS.parent / "README.md"
+MARKED = re.compile(r"(<!-- table -->).*?(<!-- /table -->)", re.DOTALL)
 PLACE = re.compile(r"^\{\{ (.+) \}\}$", re.MULTILINE)
-__all__ = ["page", "tables_quality", "tables_speed"]
+__all__ = ["page", "readme", "tables_quality", "tables_speed"]
 
 
 def page() -> str:
@@ -33,14 +35,23 @@ def page() -> str:
     return NOTE + PLACE.sub(made, TEMPLATE.read_text(encoding="utf-8"))
 
 
+def readme() -> str:
+    """README with its table as it should be."""
+    text = README.read_text(encoding="utf-8")
+    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES['readme']()}\n{m[2]}", text)
+
+
 def main() -> None:
-    """Write the page, or with --check say whether it is what would be written."""
+    """Write both, or with --check say whether they are what would be written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
-    text = page()
-    if parser.parse_args().check:
-        sys.exit(0 if PAGE.read_text(encoding="utf-8") == text else "docs/results.md is stale")
-    PAGE.write_text(text, encoding="utf-8")
+    made = {PAGE: page(), README: readme()}
+    check = parser.parse_args().check
+    for path, text in made.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is stale; run make docs")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from statistics import mean
 from typing import Any
 
+from tables_speed import DECODE, PREFILL, model_speed
 from tabular import DOCS, RESULTS, markdown, million, number, percent, read, table, times
 
 
@@ -33,17 +34,23 @@ def real_model() -> str:
 def _real_rows(rows: list[dict[str, Any]]) -> str:
     dense = read("smollm2")["rows"][0]["perplexity"]
     return markdown(
-        ["SmolLM2-135M", "parameters", "perplexity", "against dense", "decode", "prefill"],
+        [
+            "SmolLM2-135M",
+            "parameters",
+            "perplexity",
+            "against dense",
+            "healed",
+            "decode",
+            "prefill",
+        ],
         (
             [
                 r["method"],
                 million(r["parameters"]),
                 f"{r['perplexity']:,.4g}",  # as many digits as were written down
                 times(r["perplexity"] / dense, 2),
-                *(
-                    times(r[key], 2) if key in r else "not measured"
-                    for key in ("decode", "prefill")
-                ),
+                times(r["healed"] / dense, 2) if "healed" in r else "-",
+                *(times(r[key], 2) if key in r else "-" for key in ("decode", "prefill")),
             ]
             for r in rows
         ),
@@ -61,6 +68,39 @@ def real_model_note() -> str:
 def smollm2_protocol() -> str:
     """How the real model was measured."""
     return f"{read('smollm2')['what']}. {environment('smollm2')}"
+
+
+@table
+def readme() -> str:
+    """README's one table: size, quality and speed of a real model, a toy, and GPT-2's shapes."""
+    dense = read("smollm2")["rows"][0]["perplexity"]
+    rows = []
+    for r in read("smollm2")["rows"][1:]:
+        if r.get("summary"):
+            healed_to = times(r["healed"] / dense, 2) if "healed" in r else "-"
+            speeds = [times(r[key], 2) if key in r else "-" for key in ("decode", "prefill")]
+            name = f"SmolLM2-135M, {r['method']}"
+            quality = times(r["perplexity"] / dense, 2)
+            rows.append([name, million(r["parameters"]), quality, healed_to, *speeds])
+    quarter = next(r for r in read("initialisations")["quarter"] if r["name"] == "budget, data")
+    toy = next(
+        r for r in json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))["rows"][::-1]
+    )
+    rows.append(
+        [
+            "packaged model, a quarter of the MLPs",
+            million(toy["parameters"]),
+            times(quarter["topics"]["against_dense"], 2),
+            times(float(healed("budget, kl+features, default", "topics")[:-1]), 2),
+            "-",
+            "-",
+        ]
+    )
+    speeds = [model_speed("a quarter by a budget", what) for what in (DECODE, PREFILL)]
+    size = read("model-budget")["parameters"]["a quarter by a budget"]
+    rows.append(["GPT-2 small's shapes, a quarter of the MLPs", million(size), "-", "-", *speeds])
+    head = ["model", "parameters", "perplexity, untrained", "healed", "decode", "prefill"]
+    return markdown(head, rows)
 
 
 @table

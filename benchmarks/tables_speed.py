@@ -18,6 +18,7 @@ LIMITS = {
     "92M-4 (1024, 256)": (1.34, 0.44),
     "balanced 96 x (64, 96)": (3.00, 0.27),
 }
+DECODE, PREFILL = "decode at batch 1, bare loop", "prefill of 1,024 tokens"
 Found = dict[str, dict[str, float]]  # a way of running to its ratio and milliseconds
 
 
@@ -201,15 +202,21 @@ def speed_summary() -> str:
                 for dtype in ("float32", "bfloat16")
             ]
             rows.append([f"MLPs, {label}", what, *found])
-    runs = _runs("model-budget")
     for model in ("a quarter by a budget", "a quarter by a budget for decode"):
-        for what in ("decode at batch 1, bare loop", "prefill of 1,024 tokens"):
-            found = [
-                _span(m[model]["speed"] for (d, _, w), m in runs.items() if (d, w) == (dtype, what))
-                for dtype in ("float32", "bfloat16")
-            ]
+        for what in (DECODE, PREFILL):
+            found = [model_speed(model, what, dtype) for dtype in ("float32", "bfloat16")]
             rows.append([f"whole model, {model}", what, *found])
     return markdown(["what", "at", "float32", "bfloat16"], rows)
+
+
+def model_speed(model: str, what: str, dtype: str | None = None) -> str:
+    """Least and most speed of a whole model that a budget makes, over dtypes and threads."""
+    found = _runs("model-budget").items()
+    return _span(
+        models[model]["speed"]
+        for (of, _, name), models in found
+        if name == what and dtype in (None, of)
+    )
 
 
 def _span(values: Iterable[float]) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from krony.compression.budget import BudgetPlan, make_budget_plan
     from krony.compression.calibrate import calibration_windows
     from krony.compression.factorise import compress
-    from krony.compression.inits import INITS
+    from krony.compression.inits import INITS, Terms
+    from krony.compression.layout import choose_layouts
     from krony.compression.sequential import DataOptions
     from krony.export.quantize import quantize
     from krony.healing.heal import HealConfig, HealRecord, heal
@@ -44,7 +45,9 @@ _MODULES = {  # of each public name; the imports above say the same to type chec
     "KroneckerLinear": "nn.layers",
     "MatrixPlan": "hf.plan",
     "Plan": "hf.plan",
+    "Terms": "compression.inits",
     "calibration_windows": "compression.calibrate",
+    "choose_layouts": "compression.layout",
     "compress": "compression.factorise",
     "explain": "nn.explain",
     "form": "hf.modeling",
@@ -73,7 +76,9 @@ __all__ = [
     "KronyError",
     "MatrixPlan",
     "Plan",
+    "Terms",
     "calibration_windows",
+    "choose_layouts",
     "compress",
     "explain",
     "form",

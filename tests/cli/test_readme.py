@@ -1,4 +1,4 @@
-"""README's commands and Python, run as they stand; its tree and tables against the code."""
+"""README's and the guide's commands and Python, run as they stand, and what they name."""
 
 import re
 import shlex
@@ -18,13 +18,16 @@ from krony.words import parse_count
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) of every block of code, in order."""
+    return re.findall(rf"```({'|'.join(languages)})\n(.*?)```", page, re.DOTALL)
 
 
-def test_commands_run_in_order(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
+def test_page_runs_in_order(page, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The head of the text, few candidates, rough fits: the commands still run.
     full = data.TEXTS["python-docs"]("python-docs")
@@ -43,34 +46,21 @@ def test_commands_run_in_order(run, tmp_path, monkeypatch):
     for name, value in (("MOST", 1), ("NEW", 2), ("PREFILLS", (16,))):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 1)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 6
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "krony"
-        code, out, err = run(*arguments)
-        assert code == 0, f"{command}: {err}"
-        assert out.strip(), f"{command} printed nothing"
-
-
-def test_python_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (source,) = blocks("python")
-    names: dict = {}
-    exec(compile(source, "README.md", "exec"), names)
-    assert type(names["again"].transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
-
-
-def test_tree_is_the_tree():
-    listed = set(re.findall(r"^  (\w+)/ ", README, re.MULTILINE))
-    assert listed == {p.parent.name for p in (ROOT / "src/krony").glob("*/__init__.py")}
+    commands = 0
+    for language, text in blocks(page, "bash", "python"):
+        if language == "python":
+            exec(compile(text, "page", "exec"), {})
+            continue
+        for command in filter(None, text.splitlines()):
+            program, *arguments = shlex.split(command)
+            assert program == "krony"
+            code, out, err = run(*arguments)
+            assert code == 0, f"{command}: {err}"
+            assert out.strip(), f"{command} printed nothing"
+            commands += 1
+    assert commands >= 5
 
 
 @pytest.mark.parametrize("name", [*krony.INITS, *SCHEMES])
 def test_every_initialisation_and_scheme_is_named(name):
-    assert f"`{name}`" in README
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    assert f"`{name}`" in GUIDE

@@ -24,6 +24,13 @@ def test_results_are_what_the_files_say():
     assert made == tables.page(), "docs/results.md is stale; run make docs"
 
 
+def test_readme_is_short_and_its_table_is_what_the_files_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == tables.readme(), "README.md is stale; run make docs"
+    words = [word for word in text.split() if re.search(r"\w", word)]
+    assert len(words) <= 700
+
+
 def test_results_say_where_they_come_from():
     for path in RESULTS.rglob("*.json"):
         environment = json.loads(path.read_text(encoding="utf-8")).get("environment")

@@ -55,8 +55,11 @@ def compress(
 ) -> Model:
     """Replace the planned matrices by Kronecker factors, in place, and return the model.
 
-    All factors are computed in float64 and checked before the first module is replaced, so a
-    model that can't be compressed is left as it was. Equal input gives equal bytes.
+    All factors are found and checked before the first module is replaced, so a model that can't be
+    compressed is left as it was. Equal input gives equal bytes. Initialisations by weights and low
+    rank by data are closed forms in float64; Kronecker sums by data are iterated in float32 from
+    there (L-BFGS), and a step is kept only if it is better in float64. Factors are rounded once, to
+    the dtype of the weights.
 
     Args:
         init: a key of `INITS`, or "data": factors of least harm on a calibration text.

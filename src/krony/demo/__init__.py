@@ -65,7 +65,8 @@ def run(
             if job == BUDGET:
                 plan = _by_budget(model, tokenizer, windows)
             else:
-                plan = make_plan(model, small=SIZES[job[0]])
+                # The order of factors that the paper has.
+                plan = make_plan(model, small=SIZES[job[0]], layout="large-outer")
                 compress(model, plan, init=job[1])
             share = plan.parameters / plan.dense_parameters
         seconds = time.perf_counter() - started if job else 0.0
