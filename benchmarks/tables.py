@@ -1,7 +1,7 @@
 """docs/results.md and README's table out of benchmarks/results/*.json.
 
 A line `{{ name arguments }}` of docs/results.in.md becomes what the function of that name makes
-(tables_quality.py, tables_speed.py). Tests hold the pages and the files together.
+(tables_quality.py and its like). Tests hold the pages and the files together.
 
 python benchmarks/tables.py [--check]
 """
@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 
+import tables_healing
 import tables_quality
 import tables_speed
 from tabular import DOCS, TABLES
@@ -20,7 +21,7 @@ NOTE = "<!-- Made by `make docs` from results.in.md and benchmarks/results: edit
 README = DOCS.parent / "README.md"
 MARKED = re.compile(r"(<!-- table -->).*?(<!-- /table -->)", re.DOTALL)
 PLACE = re.compile(r"^\{\{ (.+) \}\}$", re.MULTILINE)
-__all__ = ["page", "readme", "tables_quality", "tables_speed"]
+__all__ = ["page", "readme", "tables_healing", "tables_quality", "tables_speed"]
 
 
 def page() -> str:
