@@ -143,7 +143,7 @@ def every_method(bench: Bench, share: float) -> list[Job]:
     model = bench.model()
 
     def job(label: str, name: str, init: str | None = None) -> Job:
-        start = methods.named(model, name, share)
+        start = methods.named(model, name, share, bench.moments)
         return label, start.plan, init or start.init, start.options
 
     return [

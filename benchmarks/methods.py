@@ -48,8 +48,13 @@ class Start:
     options: krony.DataOptions | None = None
 
 
-def named(model: PreTrainedModel, name: str, share: float) -> Start:
+def named(
+    model: PreTrainedModel, name: str, share: float, moments: dict[str, Moments] | None = None
+) -> Start:
     """A structure fitted to data in all MLPs, or the paper's one term by an initialisation's name.
+
+    The paper's is in its own order of factors; fitted to data, in that of less harm where there are
+    moments to tell.
 
     Args:
         share: of the parameters; 0.5 or 0.25 for the paper's.
@@ -57,7 +62,9 @@ def named(model: PreTrainedModel, name: str, share: float) -> Start:
     if name in STRUCTURES:
         options = WEIGHTS_ONLY if name == WHITENED else None
         return Start(structured(find_targets(model, "mlp"), name, share), DATA, options)
-    paper = krony.make_plan(model, small=SMALL[share])
+    paper = krony.make_plan(model, small=SMALL[share], layout="large-outer")
+    if name == ONE_TERM and moments is not None:
+        paper = krony.choose_layouts(model, paper, moments)
     return Start(paper, DATA if name == ONE_TERM else name)
 
 
@@ -158,7 +165,13 @@ class Methods:
         scheme = SIZES[size]
         gpt2 = (schemes.GPT2_HIDDEN, schemes.GPT2_MODEL)
         small = schemes.divide(gpt2, scheme.shape)
-        return krony.make_plan(self.base, small=small, terms=scheme.terms, scalars=scheme.scalars)
+        return krony.make_plan(
+            self.base,
+            small=small,
+            terms=scheme.terms,
+            scalars=scheme.scalars,
+            layout="large-outer",  # as the paper has them
+        )
 
     def share(self, size: str) -> float:
         """Of the parameters of `targets`, that stay."""
@@ -186,7 +199,7 @@ class Methods:
             plan = self.paper_plan(cell.size)
             return krony.compress(model, plan, init=cell.method, seed=self.seed)
         if cell.method == DATA:
-            plan = self.paper_plan(cell.size)
+            plan = krony.choose_layouts(model, self.paper_plan(cell.size), self.moments)
         elif cell.method == BUDGET:
             target = "mlp" if cell.size in SIZES else "all"
             plan = make_budget_plan(

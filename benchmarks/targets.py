@@ -91,7 +91,7 @@ def every_method(bench: Bench, share: float) -> list[dict[str, Any]]:
     def uniform(shapes: Callable[[Target], krony.Factors]) -> Plan:
         return Plan(tuple(matrix_plan(t, (shapes(t),)) for t in targets))
 
-    paper = krony.make_plan(model, small=methods.SMALL[share])
+    paper = krony.make_plan(model, small=methods.SMALL[share], layout="large-outer")
     svd = methods.named(model, methods.WHITENED, share)
     low_rank = uniform(lambda t: sized((t.shape[0], 1), (1, t.shape[1]), share))
     sums = uniform(lambda t: sized(*balanced_shapes(t.shape), share))
