@@ -30,14 +30,14 @@ def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
 def test_page_runs_in_order(page, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The head of the text, few candidates, rough fits: the commands still run.
-    full = data.TEXTS["python-docs"]("python-docs")
+    full = data.load_text("python-docs")
     head = data.Text(full.name, full.text[:20_000], full.origin)
     monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
     monkeypatch.setattr(budget, "PRICING_STEPS", 1)
     monkeypatch.setattr(fit, "STEPS", 2)
     windows = calibrate.calibration_windows
     monkeypatch.setattr(calibrate, "calibration_windows", lambda *a, **k: windows(*a, **k)[:16])
-    monkeypatch.setitem(data.TEXTS, "python-docs", lambda name: head)
+    monkeypatch.setitem(data.TEXTS, "python-docs", lambda *_: head)
     # A step of healing instead of five hundred, on a few docstrings.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     few = docstrings.python_docstrings("train", ("asyncio", "email"))
