@@ -12,6 +12,7 @@ import torch
 
 import krony
 from helpers import healing_inputs, logits
+from krony.hf import ties
 
 LAUNCHED = str(Path(__file__).parents[1] / "launched.py")
 ALONE = [sys.executable, LAUNCHED]
@@ -42,9 +43,11 @@ def inputs(tmp_path_factory):
     return healing_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def heal(inputs: Path, name: str, launcher: list[str], way: dict, *options: str):
+def heal(
+    inputs: Path, name: str, launcher: list[str], way: dict, *options: str, source: str = "small"
+):
     """Run the command as a launcher would; the finished process."""
-    command = [*launcher, "heal", str(inputs / "small"), str(inputs / name)]
+    command = [*launcher, "heal", str(inputs / source), str(inputs / name)]
     command += ["--data", str(inputs / "text.txt"), "--teacher", str(inputs / "dense")]
     command += [*OPTIONS, "--loss", "ce+kl", "--lr", "0.01", "--device", "cpu", *options]
     return subprocess.run(
@@ -84,6 +87,21 @@ def test_two_processes_shard_the_model_and_write_it_whole(inputs, alone):
     assert (found["processes"], found["sharded"]) == (2, True)
     assert (alone["processes"], alone["sharded"]) == (1, False)
     assert_same_run(inputs, "sharded", found, alone)
+
+
+def test_a_tied_factored_embedding_is_sharded(inputs):
+    """Embedding and output matrix hold one set of factors, and stay in one group of FSDP2."""
+    model, tokenizer = krony.load_model(inputs / "dense"), krony.load_tokenizer("demo")
+    krony.compress(model, krony.make_plan(model, small=(2, 2), target="everything"))
+    krony.save_model(model, inputs / "tied", tokenizer)
+    alone = figures(inputs, "t1", heal(inputs, "t1", ALONE, {}, source="tied"))
+    found = figures(inputs, "t2", heal(inputs, "t2", TWO, FSDP2, source="tied"))
+    assert (found["processes"], found["sharded"]) == (2, True)
+    for a, b in zip(found["curve"], alone["curve"], strict=True):
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
+    first, second = (krony.load_model(inputs / n) for n in ("t1", "t2"))
+    assert ties.output_is_tied(second)
+    torch.testing.assert_close(logits(first), logits(second), rtol=1e-3, atol=1e-3)
 
 
 def test_muon_on_sharded_matrices(inputs):

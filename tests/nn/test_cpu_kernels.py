@@ -11,7 +11,7 @@ from krony.maths import kron
 from krony.nn import dispatch
 from krony.nn.cpu import decode as cpu_decode
 from krony.nn.cpu import kernels as cpu_kernels
-from krony.runtime.layers import fill
+from krony.runtime.products import fill
 
 compiled = pytest.mark.skipif(cpu_kernels.library() is None, reason="needs a C compiler")
 

@@ -8,7 +8,7 @@ from krony import KroneckerGroup
 from krony.nn import dispatch, tensor_rank
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.tensor_rank import decompose
-from krony.runtime.layers import multiply_adds
+from krony.runtime.products import multiply_adds
 
 TOKENS = 400
 

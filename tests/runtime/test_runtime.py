@@ -10,6 +10,7 @@ from krony.maths.kron import LAYOUTS
 from krony.nn import layers as fast
 from krony.nn import products
 from krony.runtime import layers
+from krony.runtime import products as plain
 
 SHAPES = [((6, 4), (3, 2)), ((3, 8), (4, 1)), ((8, 1), (1, 12)), ((5, 5), (5, 5)), ((2, 9), (6, 2))]
 
@@ -29,31 +30,31 @@ def test_apply_equals_the_dense_product(layout, mix_first, terms, large, small, 
     x = torch.randn(*lead, weight.shape[1], dtype=torch.float64)
     linear = kron.large_to_linear(a, mix_first)
     bias = torch.randn(len(weight), dtype=torch.float64)
-    for made in (layers.apply, products.apply):
+    for made in (plain.apply, products.apply):
         for offset in (None, bias):
             y = made(x, b, lambda z: z @ linear.T, large, layout, mix_first, offset)
             torch.testing.assert_close(y, x @ weight.T + (0 if offset is None else offset))
     y = products.apply(x, b, linear, large, layout, mix_first, bias)
     torch.testing.assert_close(y, x @ weight.T + bias)
-    assert torch.equal(layers.linear_to_large(linear, terms, mix_first), a)
+    assert torch.equal(plain.linear_to_large(linear, terms, mix_first), a)
 
 
 @pytest.mark.parametrize(("large", "small"), SHAPES)
 def test_the_cheaper_order_is_chosen(large, small):
-    costs = {order: layers.multiply_adds(large, small, 2, order) for order in (True, False)}
-    assert costs[layers.mixes_first(large, small)] == min(costs.values())
+    costs = {order: plain.multiply_adds(large, small, 2, order) for order in (True, False)}
+    assert costs[plain.mixes_first(large, small)] == min(costs.values())
     assert Factors(large, small, 2).multiply_adds == min(costs.values()), "what a plan counts"
 
 
 @pytest.mark.parametrize(("large", "small"), SHAPES)
 @pytest.mark.parametrize("terms", [1, 2, 3])
 def test_w_is_formed_from_where_that_costs_less(large, small, terms):
-    order = layers.mixes_first(large, small)
+    order = plain.mixes_first(large, small)
     entries = large[0] * large[1] * small[0] * small[1]
-    start = layers.dense_from(large, small, terms, order)
+    start = plain.dense_from(large, small, terms, order)
     for tokens in (1, 10, 1000, 100_000):
-        factored = tokens * layers.multiply_adds(large, small, terms, order)
-        formed = (terms + layers.FORMING + tokens) * entries
+        factored = tokens * plain.multiply_adds(large, small, terms, order)
+        formed = (terms + plain.FORMING + tokens) * entries
         assert (tokens > start) == (formed < factored)
 
 

@@ -22,6 +22,7 @@ from krony.compression import together
 from krony.errors import KronyError
 from krony.hf.families import dense_weight, states_and_head
 from krony.hf.families import rows as rows_of
+from krony.hf.offload import check_present
 from krony.maths import fit
 from krony.measure import evaluate
 from krony.text import data, docstrings, tokens
@@ -418,5 +419,10 @@ def backward_from_samples(
 
 
 def full_precision(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself in float32, or a float32 copy of one in half precision."""
+    """The model itself in float32, or a float32 copy of one in half precision.
+
+    Raises:
+        KronyError: weights that are not in memory.
+    """
+    check_present(model, "calibrate on the model")
     return model if model.dtype == torch.float32 else copy.deepcopy(model).float()

@@ -4,6 +4,7 @@ import copy
 import difflib
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +18,7 @@ from krony.compression.inits import INITS, Terms
 from krony.compression.sequential import DataOptions, Fitted, fit_plan
 from krony.compression.work import Work
 from krony.errors import KronyError
-from krony.hf import families
+from krony.hf import families, ties
 from krony.hf.families import Target, dense_weight, find_targets
 from krony.hf.modeling import (
     Factored,
@@ -30,6 +31,7 @@ from krony.hf.modeling import (
     plain_layer,
     quantised_of,
 )
+from krony.hf.offload import check_present
 from krony.hf.plan import MatrixPlan, Plan
 from krony.nn.layers import KroneckerLinear
 
@@ -78,6 +80,15 @@ def compress(
     """
     if init not in (*INITS, DATA):
         raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
+    check_present(model, "compress the model")
+    ties.settle(model)
+    # One made on another model, or by hand, may take the embedding for tied or for untied.
+    plan = Plan(
+        tuple(
+            replace(m, tied=ties.is_output(model, m.name)) if m.embedding else m
+            for m in plan.matrices
+        )
+    )
     before = config_of(model)
     if before is not None:
         _check_new(plan, Plan.from_dict(before.plan))

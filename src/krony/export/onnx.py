@@ -17,6 +17,7 @@ from krony.errors import KronyError
 from krony.hf.checkpoints import companions, new_directory
 from krony.hf.families import cache_name
 from krony.hf.modeling import form, quantised_of, sharing
+from krony.hf.offload import check_present
 from krony.measure.evaluate import context_length
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
@@ -85,6 +86,7 @@ def onnx(
             raise KronyError(
                 f"an ONNX graph needs {name}; install it with pip install 'krony[onnx]'"
             ) from error
+    check_present(model, "write a graph of the model")
     if (quantised := quantised_of(model)) is not None:
         raise KronyError(
             f"the model is quantised to {quantised.to}, for which ONNX has other forms; "

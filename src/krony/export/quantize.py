@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from krony.errors import KronyError
 from krony.hf.families import dense_weight, find_targets
 from krony.hf.modeling import KroneckerConfig, attach, config_of, narrowed_layers, quantised_of
+from krony.hf.offload import check_present
 from krony.nn import packing
 from krony.nn.layers import KroneckerGroup, KroneckerLinear
 from krony.nn.packing import Packed, Quantised
@@ -36,6 +37,7 @@ def quantize(model: Model, to: str = "int8") -> Model:
     """
     packing.check_form(to)
     packing.torchao()
+    check_present(model, "quantize the model")
     if (before := quantised_of(model)) is not None:
         raise KronyError(
             f"the model is quantised to {before.to} already; start from the one that "

@@ -13,7 +13,7 @@ from krony.hf.checkpoints import save_model
 from krony.hf.modeling import config_of
 
 # What travels, as it stands in the package.
-FILES = ("layers.py", "quantized.py", "loader.py")
+FILES = ("products.py", "layers.py", "quantized.py", "loader.py")
 
 MODEL = '''"""{name} with factored matrices, for trust_remote_code=True. Written by krony export.
 

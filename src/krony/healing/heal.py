@@ -37,6 +37,7 @@ from krony.healing.training import (
     last_checkpoint,
     remove_incomplete,
 )
+from krony.hf.offload import check_present
 from krony.hf.saving import claim, write_json
 from krony.measure.memory import peak_bytes
 from krony.text.blocks import Blocks
@@ -164,6 +165,8 @@ def _healed(
         "window": window,
     }
     # Whatever can't be is found before anything is written:
+    for needed in filter(None, (model, teacher)):
+        check_present(needed, "heal with the model")
     settings = _settled(run, settings, resume)
     dtype = settings["dtype"]
     objective = Objective(model, parts, teacher, config.temperature)

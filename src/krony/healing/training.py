@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from krony.healing.recipe import Recipe
 from krony.healing.states import load_state, random_state, save_state, set_random_state
 from krony.hf.claims import write_error
 from krony.hf.modeling import KroneckerQuantizer
+from krony.hf.patches import ends_together
 from krony.hf.saving import save_weights, write_json
 
 COMPLETE = "complete"  # the file whose presence says that a checkpoint was written to its end
@@ -164,6 +165,10 @@ class HealTrainer(Trainer):
             recipe = replace(self.recipe, muon=self.recipe.muon and usable)
             self.optimizer = make_optimizer(trained, recipe, self.args.learning_rate)
         return self.optimizer
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        with ends_together(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*arguments, **options)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any

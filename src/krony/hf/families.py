@@ -31,6 +31,7 @@ from krony.hf.probes import (
     left_out,
     rows,
 )
+from krony.hf.ties import share
 from krony.maths.kron import Shape
 from krony.nn.layers import KroneckerEmbedding, KroneckerLinear
 from krony.runtime.layers import is_quantized
@@ -181,7 +182,7 @@ def _embedding_targets(model: PreTrainedModel) -> list[Target]:
         raise KronyError(
             f"the embedding of this {type(model).__name__} is a {type(module).__name__}, {reason}"
         )
-    tied = head is not None and head.weight is module.weight
+    tied = share(module, head)
     shape = (module.num_embeddings, module.embedding_dim)
     found = [Target(names[id(module)], shape, "embedding", None, 0, False, False, tied)]
     found = [replace(found[0], scale=scale)]

@@ -21,6 +21,7 @@ from krony.errors import KronyError
 from krony.hf import (
     integrity,
     modeling,  # noqa: F401  registers the loader
+    ties,
     vetting,
 )
 from krony.hf.whole import unwrapped
@@ -134,6 +135,13 @@ def load_model(
     vars(model)["_weight_conversions"] = kept
     _check_report(str(source), report)
     _check_finite(str(source), model)
+    if ties.settle(model):
+        warnings.warn(
+            f"config.json of {source} says of the output matrix what the weights do not: it is "
+            f"{'the embedding' if ties.output_is_tied(model) else 'a matrix of its own'}, and is "
+            "saved as that",
+            stacklevel=2,
+        )
     _keep_left_over(str(source), model, report["unexpected_keys"], found)
     fuse(model)
     if device is not None:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from krony.hf import patches
+from krony.errors import KronyError
+from krony.hf import patches, ties
+from krony.hf.offload import check_present
 from krony.hf.plan import MatrixPlan, Plan
 from krony.hf.whole import check_factors, check_shape, left_over
 from krony.nn import mlp, packing
 from krony.nn.activations import fuse, restore
 from krony.nn.formed import can_keep
-from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
+from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear, is_adapted
 from krony.nn.packing import Quantised
 from krony.runtime import loader
 from krony.runtime.loader import KroneckerConfig as KroneckerConfig
@@ -46,6 +48,7 @@ class KroneckerQuantizer(loader.KroneckerQuantizer):
         for layer in model.modules():
             if isinstance(layer, KroneckerEmbedding):
                 patches.refuse_resizing(model)
+        ties.settle(model)
         attach(model, self.quantization_config)
 
     def _process_model_before_weight_loading(
@@ -70,7 +73,13 @@ class KroneckerQuantizer(loader.KroneckerQuantizer):
     def dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """An ordinary model in every respect: also without krony's activations and MLPs."""
+        """An ordinary model in every respect: also without krony's activations and MLPs.
+
+        Raises:
+            KronyError: weights that are offloaded, or adapters that are not merged.
+        """
+        check_present(model, "fold the model to dense")
+        check_merged(model)
         mlp.restore(model)
         restore(model)
         patches.allow_resizing(model)
@@ -88,6 +97,13 @@ def attach(model: Any, config: KroneckerConfig) -> None:
     mlp.install(model, _unfactored(config))
     loader.mark(model, KroneckerQuantizer(config))
     patches.forget_code(model)
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raise `KronyError` for factors with adapters, whose part in W would be lost."""
+    for name, module in model.named_modules():
+        if isinstance(module, KroneckerGroup) and is_adapted(module):
+            raise KronyError(f"{name} has an adapter; merge it into the factors first")
 
 
 def config_of(model: nn.Module) -> KroneckerConfig | None:
@@ -122,6 +138,7 @@ def form(model: PreTrainedModel) -> list[str]:
     """
     if (config := config_of(model)) is None:
         return []
+    check_present(model, "form W in it")
     formed, completed = [], []
     matrices = list(Plan.from_dict(config.plan).matrices)
     for number, matrix in enumerate(matrices):

@@ -3,11 +3,15 @@
 Each entry says why, and what would make it unnecessary; written for transformers 5.0 to 5.24.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
+from krony.hf.ties import output_is_tied
+from krony.nn.layers import KroneckerEmbedding
 
 
 def refuse_resizing(model: PreTrainedModel) -> None:
@@ -42,3 +46,26 @@ def forget_code(model: PreTrainedModel) -> None:
         getattr(model.config, "auto_map", "")
     ):
         del model.config.auto_map
+
+
+@contextmanager
+def ends_together(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, accelerate does not find the ends of a model whose tied embedding is factored.
+
+    Under FSDP2 it shards embedding and output matrix in one group if `a.weight is b.weight`, else
+    apart, and torch refuses parameters that are in two groups. Our W is formed at each access, so
+    that it never is. Not found, both are in the group of the model itself. Unnecessary once
+    accelerate compares parameters.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, KroneckerEmbedding) or not output_is_tied(model):
+        yield
+        return
+    hidden = ("get_input_embeddings", "get_output_embeddings")
+    for name in hidden:
+        vars(model)[name] = lambda: None
+    try:
+        yield
+    finally:
+        for name in hidden:
+            vars(model).pop(name, None)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
-from krony.hf import integrity
+from krony.hf import integrity, ties
 from krony.hf.claims import check_destination, claim, discard, new_directory
 from krony.hf.companions import companions, save_weights
 from krony.hf.loading import resolve
@@ -53,6 +53,7 @@ def save_model(
             process, or can't be written.
     """
     _check_finite(model)
+    ties.settle(model)
     with new_directory(destination) as temporary:
         # Tensors that travel along; of a factored model its quantizer adds them.
         extra = left_over(model) if config_of(model) is None else {}

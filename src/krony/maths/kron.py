@@ -24,8 +24,8 @@ from krony.maths.shapes import LAYOUTS as LAYOUTS
 from krony.maths.shapes import Layout as Layout
 from krony.maths.shapes import Shape as Shape
 from krony.maths.shapes import check_terms
-from krony.runtime.layers import in_order as in_order
-from krony.runtime.layers import to_dense as to_dense
+from krony.runtime.products import in_order as in_order
+from krony.runtime.products import to_dense as to_dense
 
 # Up to this side the eigenvectors of the small Gram matrix are exact and take seconds; beyond it
 # (both factors large, in matrices far larger than GPT-2's) a seeded randomised SVD is used.
@@ -154,7 +154,7 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         large, small: (R, ...) each.
     Returns:
         large (R, ...) and free (R, q - R), float64, and order (q,), int32: entry j of the small
-        factors is column order[j] of [I, free], as `runtime.layers.fill` puts it together.
+        factors is column order[j] of [I, free], as `runtime.products.fill` puts it together.
     Source: interpolative decompositions, Cheng, Gimbutas, Martinsson and Rokhlin 2005.
     """
     import scipy.linalg  # not with the file: it takes longer than all of the package
@@ -175,7 +175,7 @@ def interpolate(large: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def large_to_linear(large: Tensor, mix_first: bool) -> Tensor:
     """A (R, m1, n1) as the weight of one linear map: (m1, R·n1), or (R·m1, n1) if mixed last.
 
-    The inverse is `runtime.layers.linear_to_large`.
+    The inverse is `runtime.products.linear_to_large`.
     """
     if mix_first:
         return large.transpose(0, 1).flatten(1)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from krony.nn.formed import can_keep
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
-from krony.runtime.layers import multiply_adds
+from krony.runtime.products import multiply_adds
 
 # Far beyond any cache, so that the memory itself is read.
 BUFFER_BYTES = 128 * 2**20

@@ -20,6 +20,11 @@ from krony.runtime import layers as plain
 from krony.runtime.layers import is_hooked
 
 
+def is_adapted(group: plain.KroneckerGroup) -> bool:
+    """Whether peft's adapters stand in the place of its large factors."""
+    return hasattr(group.large, "base_layer")
+
+
 class KroneckerGroup(plain.KroneckerGroup):
     """R Kronecker terms of one shape, no bias, as `runtime.layers.KroneckerGroup` describes them.
 
@@ -158,6 +163,8 @@ class KroneckerLinear(plain.KroneckerLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) to (..., m), by the kernel that takes it."""
+        if self.tied:
+            _check_unadapted(self.groups)
         made = dispatch.run(self, x)
         return super().forward(x) if made is None else made
 
@@ -171,6 +178,10 @@ class KroneckerEmbedding(plain.KroneckerEmbedding):
 
     output = KroneckerLinear
 
+    def forward(self, ids: Tensor) -> Tensor:
+        _check_unadapted(self.groups)
+        return super().forward(ids)
+
     def __init__(
         self,
         num_embeddings: int,
@@ -180,6 +191,16 @@ class KroneckerEmbedding(plain.KroneckerEmbedding):
     ) -> None:
         _check_groups(groups, num_embeddings, embedding_dim)
         super().__init__(num_embeddings, embedding_dim, groups, padding_idx)
+
+
+def _check_unadapted(groups: Any) -> None:
+    """Raise `KronyError` for adapters that the lookup would leave out, or that, merged on one side
+    of tied factors, would change the other."""
+    if any(map(is_adapted, groups)):
+        raise KronyError(
+            "adapters can't be on the factors of an embedding, which are looked up by row, nor on "
+            "those of an output matrix tied to it; leave both out of the target modules"
+        )
 
 
 def _check_groups(groups: list[Any], m: int, n: int) -> None:

@@ -21,7 +21,9 @@ from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.products import mixing
 from krony.nn.watched import Watched
 from krony.runtime import layers as plain
-from krony.runtime.layers import Layout, Shape, is_hooked, is_plain_linear
+from krony.runtime import products
+from krony.runtime.layers import is_hooked, is_plain_linear
+from krony.runtime.products import Layout, Shape
 
 PLAIN = (nn.Linear, Conv1D)
 
@@ -88,7 +90,7 @@ class LoweredGroup:
         assert self.small is not None
         if self.order is not None:
             full = cpu_kernels.fill(self.small, self.order)
-            full = plain.fill(self.small, self.order) if full is None else full
+            full = products.fill(self.small, self.order) if full is None else full
             return full.unflatten(1, self.small_shape)
         return self.small if self.scalars is None else self.small * self.scalars[:, None, None]
 
@@ -106,8 +108,8 @@ class LoweredGroup:
         """W (m, n)."""
         if self.small is None:
             return self.weight.T if self.by_columns else self.weight
-        large = plain.linear_to_large(self.weight, self.terms, self.mix_first)
-        return plain.to_dense(*plain.in_order(large, self.full_small(), self.layout))
+        large = products.linear_to_large(self.weight, self.terms, self.mix_first)
+        return products.to_dense(*products.in_order(large, self.full_small(), self.layout))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from krony.maths.shapes import Layout, Shape
 from krony.nn.cpu import kernels as cpu_kernels
-from krony.runtime import layers
-from krony.runtime.layers import add as add
-from krony.runtime.layers import from_slices as from_slices
+from krony.runtime import products as plain
 from krony.runtime.layers import is_exporting
-from krony.runtime.layers import mixing as mixing
-from krony.runtime.layers import to_slices as to_slices
+from krony.runtime.products import add as add
+from krony.runtime.products import from_slices as from_slices
+from krony.runtime.products import mixing as mixing
+from krony.runtime.products import to_slices as to_slices
 
 # Up to so many rows, a matrix product of a CPU gains from the weight as its left operand.
 FEW_ROWS = 32
@@ -36,17 +36,17 @@ def apply(
     mix_first: bool = True,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`runtime.layers.apply` by the cheapest calls, and with less to keep for the backward pass.
+    """`runtime.products.apply` by the cheapest calls, and with less to keep for the backward pass.
 
     Args:
         large: the linear map of A, or its weight.
     """
     shapes = large_shape, layout, mix_first
     if not isinstance(large, Tensor):
-        return layers.apply(x, small, large, *shapes, bias, mix)
+        return plain.apply(x, small, large, *shapes, bias, mix)
     weight = large
     if not mix_first:
-        return layers.apply(x, small, lambda rows: project(rows, weight), *shapes, bias, mix)
+        return plain.apply(x, small, lambda rows: project(rows, weight), *shapes, bias, mix)
     (m1, n1), (_, m2, n2) = large_shape, small.shape
     inside, offset = None, None if bias is None else to_slices(bias, (m2, m1), layout)
     if bias is not None and m2 == 1:  # BLAS adds it as it goes
@@ -72,7 +72,7 @@ def mix(mixing: Tensor, x: Tensor, bias: Tensor | None = None, apart: bool = Fal
     if q > 1 and k > 1 and by_all_tokens(x):
         y = mix_all(mixing.to(x.dtype), x)
         return y if bias is None else add(y, bias)
-    return layers.mix(mixing, x, bias)
+    return plain.mix(mixing, x, bias)
 
 
 def by_all_tokens(x: Tensor) -> bool:

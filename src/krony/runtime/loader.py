@@ -103,6 +103,10 @@ class KroneckerQuantizer(HfQuantizer):
         # The plan may have been made on the model with its head, and loads into one without, or
         # the other way round; from here on it speaks of this model.
         config.plan = {**config.plan, "matrices": _found(model, config.plan["matrices"])}
+        own = {f"{entry['name']}.weight" for entry in config.plan["matrices"]}
+        tied = model.all_tied_weights_keys
+        if own & tied.keys():  # a configuration that says tied, and factors of the head's own
+            tie(model, {key: source for key, source in tied.items() if key not in own})
         for entry in config.plan["matrices"]:
             weight = model.get_parameter(f"{entry['name']}.weight")
             install(model, entry["name"], self.build(entry, weight))
@@ -165,6 +169,8 @@ class KroneckerQuantizer(HfQuantizer):
         dtype of the factors). What quantization lost stays lost. Hidden units that were taken out
         come back as zeros, since the architecture has a place for them.
         """
+        if absent := [name for name, weight in model.named_parameters() if weight.is_meta]:
+            raise ValueError(f"{absent[0]} is offloaded; load the model without that, then fold it")
         plan, quantised = self.quantization_config.plan, self.quantization_config.quantised or {}
         for entry in plan["matrices"]:
             layer = model.get_submodule(entry["name"])

@@ -14,7 +14,7 @@ from krony.nn import switches, tensor_rank
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.lower import Lowered, LoweredGroup, stray
 from krony.nn.products import Route
-from krony.runtime.layers import FORMING, multiply_adds
+from krony.runtime.products import FORMING, multiply_adds
 
 MOST_ENTRIES = 9  # of a small factor: larger ones take too long to decompose
 # Multiply-adds that a product could do for each entry of a sum of large factors while that is made,

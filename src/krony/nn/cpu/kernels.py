@@ -261,7 +261,7 @@ def gelu(x: Tensor, gradient: Tensor | None = None) -> Tensor:
 
 
 def fill(free: Tensor, order: Tensor) -> Tensor | None:
-    """`runtime.layers.fill`, or None where this is no help.
+    """`runtime.products.fill`, or None where this is no help.
 
     It helps on a CPU, outside of autograd, autocast and tracing: torch picks columns one by one.
     """

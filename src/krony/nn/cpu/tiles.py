@@ -18,7 +18,7 @@ from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.cpu.kernels import MOST_MIXED, POINTER, SIZE
 from krony.nn.lower import LoweredGroup, LoweredMLP, once, stray
 from krony.nn.products import Route, from_slices, to_slices
-from krony.runtime.layers import Layout
+from krony.runtime.products import Layout
 
 LEAST = 2  # tokens
 SIDE = 32  # of a sum, in outputs and in tokens: SIDE of tiles.c

@@ -12,7 +12,7 @@ from krony.nn import products
 from krony.nn.gpu import operators
 from krony.nn.gpu.step import Step
 from krony.nn.lower import Lowered, LoweredMLP, once, stray
-from krony.runtime.layers import Layout
+from krony.runtime.products import Layout
 
 
 def can_take(mlp: LoweredMLP, request: Any) -> str | None:

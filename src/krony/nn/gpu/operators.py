@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from krony.maths.kron import large_to_linear
 from krony.maths.shapes import Layout, Shape
 from krony.nn.gpu.step import Step
-from krony.runtime.layers import linear_to_large
+from krony.runtime.products import linear_to_large
 
 # Beyond so many tokens the arithmetic of two matrix products weighs more than reading A once.
 MAX_TOKENS = 16
