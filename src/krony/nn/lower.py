@@ -98,11 +98,19 @@ class LoweredGroup:
         """That as one matrix, for `products.mix`."""
         return mixing(self.full_small(), self.mix_first)
 
-    @cached_property
+    @property
     def decomposition(self) -> tensor_rank.Decomposition | None:
-        """That of the small factors, found when first asked for, or None where it saves nothing."""
-        found = tensor_rank.decompose(self.full_small())
-        return None if found is None else found.to(self.weight.dtype)
+        """That of the small factors, found when first asked for, or None where it saves nothing.
+
+        By the numbers: those made in inference mode do not count their changes.
+        """
+        small, known = self.full_small(), self.__dict__.get("_decomposition")
+        if known is None or not torch.equal(known[0], small):
+            found = tensor_rank.decompose(small)
+            known = small.clone(), None if found is None else found.to(self.weight.dtype)
+            self.__dict__["_decomposition"] = known
+        result: tensor_rank.Decomposition | None = known[1]
+        return result
 
     def to_dense(self) -> Tensor:
         """W (m, n)."""

@@ -91,8 +91,6 @@ def _saves(group: LoweredGroup, tokens: int, dtype: torch.dtype) -> bool:
         return False
     if not switches.allows("fewer") or by_terms < SUMMING[True][dtype.itemsize == 2]:
         return False
-    if any(tensor.is_inference() for tensor in group.tensors):  # nothing could be kept of it
-        return False
     # By the terms, or formed; each in products of the large factor's size.
     now = min(by_terms, m2 * n2 * (tokens + group.terms + FORMING))
     if now < (summing := _summing(dtype)):  # asked last, since it compiles

@@ -220,6 +220,8 @@ def can_take(mlp: LoweredMLP, request: Any) -> str | None:
         return f"fewer than {LEAST} tokens"
     if not cpu_kernels.has_tiles():
         return "no tile unit (AMX), or no C compiler"
+    if not mlp.counted:
+        return "its numbers, made in inference mode, do not count their changes"
     groups = [group for matrix in mlp.matrices for group in matrix.groups]
     if len(groups) > len(mlp.matrices):
         return "a matrix is a sum of several groups"
