@@ -9,7 +9,7 @@ import pytest
 
 import krony
 from krony.cli import heal as cli_heal
-from krony.compression import budget, calibrate
+from krony.compression import calibrate, prices
 from krony.maths import fit
 from krony.maths.schemes import SCHEMES
 from krony.measure import bench
@@ -32,8 +32,8 @@ def test_page_runs_in_order(page, run, tmp_path, monkeypatch):
     # The head of the text, few candidates, rough fits: the commands still run.
     full = data.load_text("python-docs")
     head = data.Text(full.name, full.text[:20_000], full.origin)
-    monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
-    monkeypatch.setattr(budget, "PRICING_STEPS", 1)
+    monkeypatch.setattr(prices, "LOW_RANK_PARTS", (0.1,))
+    monkeypatch.setattr(prices, "PRICING_STEPS", 1)
     monkeypatch.setattr(fit, "STEPS", 2)
     windows = calibrate.calibration_windows
     monkeypatch.setattr(calibrate, "calibration_windows", lambda *a, **k: windows(*a, **k)[:16])
