@@ -15,13 +15,13 @@ from krony.hf import register
 if TYPE_CHECKING:
     from krony.compression.budget import BudgetPlan, make_budget_plan
     from krony.compression.calibrate import calibration_windows
-    from krony.compression.factorise import compress
+    from krony.compression.entry import compress
     from krony.compression.inits import INITS, Terms
     from krony.compression.layout import choose_layouts
     from krony.compression.sequential import DataOptions
     from krony.export.quantize import quantize
     from krony.healing.heal import HealConfig, HealRecord, heal
-    from krony.hf.checkpoints import load_model, load_tokenizer, save_model
+    from krony.hf.checkpoints import load, load_model, load_tokenizer, save, save_model
     from krony.hf.modeling import KroneckerConfig, form
     from krony.hf.plan import MatrixPlan, Plan, make_plan
     from krony.maths.schemes import SCHEMES, Factors
@@ -48,16 +48,18 @@ _MODULES = {  # of each public name; the imports above say the same to type chec
     "Terms": "compression.inits",
     "calibration_windows": "compression.calibrate",
     "choose_layouts": "compression.layout",
-    "compress": "compression.factorise",
+    "compress": "compression.entry",
     "explain": "nn.explain",
     "form": "hf.modeling",
     "heal": "healing.heal",
+    "load": "hf.checkpoints",
     "load_model": "hf.checkpoints",
     "load_tokenizer": "hf.checkpoints",
     "make_budget_plan": "compression.budget",
     "make_plan": "hf.plan",
     "perplexity": "measure.evaluate",
     "quantize": "export.quantize",
+    "save": "hf.checkpoints",
     "save_model": "hf.checkpoints",
 }
 
@@ -83,12 +85,14 @@ __all__ = [
     "explain",
     "form",
     "heal",
+    "load",
     "load_model",
     "load_tokenizer",
     "make_budget_plan",
     "make_plan",
     "perplexity",
     "quantize",
+    "save",
     "save_model",
 ]
 

@@ -55,7 +55,12 @@ Share = Annotated[
     typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
 ]
 Params = Annotated[
-    str | None, typer.Option(help="Find the shapes: parameters of the whole model, 81M.")
+    str | None,
+    typer.Option(
+        "--size",
+        "--params",
+        help="Find the shapes: of the whole model, 60% of its parameters, or their number, 81M.",
+    ),
 ]
 Flops = Annotated[
     float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
@@ -110,6 +115,7 @@ def plan_command(
     from krony.measure import info
 
     budget = _budget(share, params, flops, None if curve else objective, target)
+    _check_any(budget, scheme, shape, small, curve)
     _check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
     if curve:
@@ -179,6 +185,7 @@ def compress_command(
     first = _first_of_processes()
     checkpoints.check_destination(destination)
     budget = _budget(share, params, flops, objective, target)
+    _check_any(budget, scheme, shape, small, plan_file)
     _check_one_way(plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers)
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
@@ -252,12 +259,20 @@ def _budget(
         return {}
     return {
         "share": share,
-        "parameters": words.parse_count(params),
+        "parameters": params,
         "flops": flops,
         # A size for the whole model leaves it open where to save.
         "target": target or ("mlp" if params is None else "everything"),
         "objective": objective or "size",
     }
+
+
+def _check_any(*ways: Any) -> None:
+    if not any(ways):
+        raise KronyError(
+            "say how small: --size 60% of the whole model, or --budget, --flops, --scheme, "
+            "--shape, --small, --plan"
+        )
 
 
 def _check_one_way(

@@ -2,12 +2,21 @@
 
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from krony import words
 from krony.hf.claims import check_destination, claim
@@ -38,9 +47,51 @@ Bos = Annotated[
 Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
 
 
-def progress_bar() -> Progress:
-    """A bar on the error stream; nothing where that is no terminal."""
-    return Progress(
+class Told(Progress):
+    """A bar, and where the error stream is no terminal a line a minute instead."""
+
+    every = 60.0  # seconds
+    total: float | None = None  # of the stage; another one, or less done, is another stage
+    first = latest = began = said = 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """As rich has it."""
+        super().update(task_id, **fields)
+        self._tell(self.tasks[task_id])
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As rich has it."""
+        super().advance(task_id, advance)
+        self._tell(self.tasks[task_id])
+
+    def _tell(self, task: Task) -> None:
+        now = time.monotonic()
+        if task.total != self.total or task.completed < self.latest or not self.began:
+            self.total, self.first, self.began = task.total, task.completed, now
+            self.said = self.said or now
+        self.latest = task.completed
+        if not self.disable or now - self.said < self.every:
+            return
+        self.said = now
+        err.print(f"krony: {self._line(task, now - self.began)}", markup=False, soft_wrap=True)
+
+    def _line(self, task: Task, seconds: float) -> str:
+        from krony.measure.memory import peak_resident_bytes
+
+        parts = [task.description]
+        if task.total:
+            parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
+            if task.completed:
+                left = seconds * (task.total - task.completed) / task.completed
+                parts.append(
+                    f"about {left / 60:.0f} min left" if left >= 60 else "under 1 min left"
+                )
+        return ", ".join([*parts, f"peak memory {peak_resident_bytes() / 1e9:.1f} GB"])
+
+
+def progress_bar() -> Told:
+    """A bar on the error stream; a line a minute where that is no terminal."""
+    return Told(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

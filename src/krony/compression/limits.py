@@ -7,7 +7,10 @@ one more: "decode" in time to decode, "throughput" in multiply-adds. Low rank co
 each of them alike; a balanced sum of Kronecker products is far smaller than its arithmetic.
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -122,6 +125,20 @@ def _check_share(share: float, what: str, most: float) -> None:
         raise KronyError(f"{what} of {share} is no share; give a number between 0 and {most:,.0f}")
 
 
+@contextmanager
+def _stdout_is_stderr() -> Iterator[None]:
+    """What C code writes to file descriptor 1 goes to 2: HiGHS prints lines of its own there, and
+    standard output is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def choose(
     candidates: Sequence[Sequence[Candidate]], most: dict[Currency, float]
 ) -> list[Candidate]:
@@ -149,16 +166,17 @@ def choose(
     # Scaled: HiGHS works with absolute tolerances of about 1e-6.
     harm = np.array([c.harm for c in flat])
     costs = np.array([[c.cost(name) / limit for c in flat] for name, limit in most.items()])
-    solution = milp(
-        harm / max(float(harm.max()), 1e-30) * 1e3,
-        constraints=[
-            LinearConstraint(costs, ub=1.0 - 1e-12),
-            LinearConstraint(rows, lb=1, ub=1),
-        ],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
+    with _stdout_is_stderr():
+        solution = milp(
+            harm / max(float(harm.max()), 1e-30) * 1e3,
+            constraints=[
+                LinearConstraint(costs, ub=1.0 - 1e-12),
+                LinearConstraint(rows, lb=1, ub=1),
+            ],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-4, "time_limit": 60},
+        )
     if solution.x is None:
         raise KronyError(
             "no choice of factors meets all of the budget "

@@ -4,6 +4,7 @@ from krony.hf.loading import (
     DEMO,
     DTYPES,
     find_tokenizer,
+    load,
     load_model,
     load_tokenizer,
     resolve,
@@ -21,6 +22,8 @@ from krony.hf.saving import (
     write_text,
 )
 
+save = save_model
+
 __all__ = [
     "DEMO",
     "DTYPES",
@@ -30,10 +33,12 @@ __all__ = [
     "directory_bytes",
     "discard",
     "find_tokenizer",
+    "load",
     "load_model",
     "load_tokenizer",
     "new_directory",
     "resolve",
+    "save",
     "save_model",
     "write_file",
     "write_json",

@@ -50,6 +50,11 @@ def resolve(source: str | Path) -> str:
         KronyError: no such model, or one without a configuration or without safetensors weights.
     """
     if str(source) == DEMO:
+        if Path(DEMO).exists():
+            raise KronyError(
+                f"{DEMO} is the packaged model and also a path here; write ./{DEMO} for the path, "
+                "or rename it"
+            )
         return str(Path(__file__).parents[1] / "demo" / "model")
     path = Path(source)
     if path.is_file():
@@ -79,6 +84,13 @@ def _snapshot(name: str) -> Path:
             f"could be had from the Hugging Face Hub; check the name and the network, or use "
             f"{DEMO!r}, the packaged model"
         ) from error
+
+
+def load(
+    source: str | Path, dtype: torch.dtype | str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; see `load_model` and `load_tokenizer`."""
+    return load_model(source, dtype, device), load_tokenizer(source)
 
 
 def load_model(

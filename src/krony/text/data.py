@@ -29,9 +29,16 @@ class Text:
 
 
 def data_folder() -> Path | None:
-    """Where local copies of the public sets are: `KRONY_DATA`, else `../shared/data`, if there."""
-    folder = Path(os.environ.get("KRONY_DATA", "../shared/data"))
-    return folder if folder.is_dir() else None
+    """Where local copies of the public sets are: the folder that `KRONY_DATA` names; None: nowhere.
+
+    Raises:
+        KronyError: `KRONY_DATA` names no folder.
+    """
+    if not (name := os.environ.get("KRONY_DATA")):
+        return None
+    if not Path(name).is_dir():
+        raise KronyError(f"KRONY_DATA names {name}, which is no folder; correct it or unset it")
+    return Path(name)
 
 
 def load_text(name: str, split: str = "test") -> Text:
@@ -114,6 +121,11 @@ def load_passages(name: str) -> tuple[list[str], str]:
 
 
 def _lambada(name: str, split: str) -> Text:
+    if split == "train":
+        raise KronyError(
+            "lambada is a test set and has no training split, so that what is calibrated on it "
+            "can't be measured on it; give wikitext2, or a text of your own"
+        )
     passages, origin = load_passages(name)
     return Text(name, SEPARATOR.join(passages), origin)
 
