@@ -198,7 +198,7 @@ BAD = {
         ["plan", "demo", "--small", "2x2", "--layers", "a"],
         "for example 0,2-5",
     ),
-    "nothing chosen": (["plan", "demo"], "give one of a scheme, a shape or a small shape"),
+    "nothing chosen": (["plan", "demo"], "say how small: --size 60%"),
     "scheme of another size": (["plan", "demo", "--scheme", "81M"], "--small 2x2 --terms 1"),
     "nan": (["compress", "{nan}", "{dst}", "--small", "2x2"], "has 1 NaN or Inf among its 4,096"),
     "empty text": (["evaluate", "demo", "--data", "{empty}"], "is empty"),

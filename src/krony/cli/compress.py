@@ -127,6 +127,7 @@ def plan_command(
         _curve(model, tokens, target or "mlp", aim, seed, memory, json_file)
         return
     if budget:
+        budget["parameters"] = words.parse_size(budget["parameters"], info.parameters(model))
         tokenizer = checkpoints.find_tokenizer(source)
         tokens = _tokens(model, tokenizer, calibration, windows, budget["target"], seed, bos)
         found = _find(model, tokens, budget, seed, Work(), memory)
@@ -190,6 +191,8 @@ def compress_command(
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
+    if budget:
+        budget["parameters"] = words.parse_size(budget["parameters"], before)
     plan = None if plan_file is None else Plan.read(plan_file)
     # Which hidden units a plan takes out only data can say.
     by_data = bool(budget) or (plan is not None and any(m.narrowed for m in plan.matrices))
