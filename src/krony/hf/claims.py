@@ -40,6 +40,8 @@ def check_destination(destination: str | Path) -> Path:
     Meant to be called before the work starts.
     """
     path = Path(destination)
+    if path == Path("demo"):
+        raise KronyError("demo is the name of the packaged model; choose another for yours")
     if path.exists() or path.is_symlink():
         raise KronyError(f"{path} exists already; choose another name or remove it first")
     parent = path.absolute().parent

@@ -20,7 +20,6 @@ from krony.hf.modeling import config_of
 from krony.hf.whole import left_over
 from krony.runtime.layers import is_quantized
 
-<<<<<<< HEAD
 __all__ = [
     "check_destination",
     "claim",
@@ -34,56 +33,6 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-=======
-
-def check_destination(destination: str | Path) -> Path:
-    """The path, if a new directory can be made there. Raises `KronyError` otherwise.
-
-    Meant to be called before the work starts.
-    """
-    path = Path(destination)
-    if path == Path("demo"):
-        raise KronyError("demo is the name of the packaged model; choose another for yours")
-    if path.exists():
-        raise KronyError(f"{path} exists already; choose another name or remove it first")
-    parent = path.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KronyError(f"can't make the folder {parent}: {error.strerror}") from error
-    if not os.access(parent, os.W_OK):
-        raise KronyError(f"can't write into {parent}: permission denied; choose another folder")
-    return path
-
-
-@contextmanager
-def new_directory(destination: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `destination` at the end, or vanishes on any error.
-
-    Raises:
-        KronyError: the destination exists, or the system can't write (a full disk, say).
-    """
-    path = check_destination(destination)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's directory is private
-        os.rename(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise KronyError(
-            f"can't write {path}: {reason}; nothing was left there, free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
->>>>>>> 1419ffd (A size is enough: --size 60%, krony.compress(model, size=0.6); long work speaks without a terminal; standard output holds results only)
 
 
 def save_model(
