@@ -8,7 +8,7 @@ import torch
 import krony
 from krony import KronyError, words
 from krony.cli import options
-from krony.compression import budget, limits
+from krony.compression import limits, prices
 from krony.compression.limits import Candidate, choose
 from krony.hf import checkpoints
 from krony.maths import fit
@@ -45,8 +45,8 @@ def test_a_size_that_cannot_be_is_refused(size):
 
 def test_a_size_and_nothing_else_makes_a_model_of_that_size(gpt2, monkeypatch):
     # Rough fits and few candidates, for speed.
-    monkeypatch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
-    monkeypatch.setattr(budget, "PRICING_STEPS", 1)
+    monkeypatch.setattr(prices, "LOW_RANK_PARTS", (0.1,))
+    monkeypatch.setattr(prices, "PRICING_STEPS", 1)
     monkeypatch.setattr(fit, "STEPS", 2)
     before = sum(p.numel() for p in gpt2.parameters())
     windows = torch.randint(90, (16, 32))
