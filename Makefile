@@ -13,13 +13,17 @@ INSTALLED := .venv/.installed
 
 RELEASE := build/release
 
-.PHONY: demo test lint docs faults lowest release-check install
+.PHONY: demo test lint docs faults fuzz lowest release-check install
 
 demo: $(INSTALLED)
 	$(BIN)/krony demo
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Some minutes: what a model directory may hold, two thousand times each.
+fuzz: $(INSTALLED)
+	KRONY_FUZZ=2000 $(BIN)/pytest tests/fuzz
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
