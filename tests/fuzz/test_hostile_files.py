@@ -207,7 +207,7 @@ def test_numbers_that_are_none_in_any_tensor(directory, tmp_path_factory):
             if other.name != path.name:
                 os.link(other, folder / other.name)
         (folder / path.name).write_bytes(content)
-        with pytest.raises(KronyError, match="NaN or Inf|is not what krony wrote"):
+        with pytest.raises(KronyError, match=r"NaN or Inf|is not what krony wrote"):
             load_model(folder)
         shutil.rmtree(folder)
 

@@ -71,9 +71,7 @@ def test_a_number_that_is_none_is_found(tmp_path, make, number):
         tensors[name].flatten()[-1] = number
 
     rewrite(folder, spoil)
-    with pytest.raises(
-        KronyError, match=rf"{name} (of .* has 1 NaN or Inf|in .* is not what krony)"
-    ):
+    with pytest.raises(KronyError, match=rf"{name} (of .* NaN or Inf|in .* is not what krony)"):
         load_model(folder)
 
 

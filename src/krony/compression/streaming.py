@@ -160,7 +160,7 @@ class _Streamed:
             made = modules[0](self.stream.hidden[0], *arguments, **options)
 
         def passing(*_: Any, **__: Any) -> Any:
-            return (last, *made[1:]) if isinstance(made, tuple) else last
+            return type(made)((last, *made[1:])) if isinstance(made, tuple | list) else last
 
         try:
             for module in modules:

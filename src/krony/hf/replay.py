@@ -79,7 +79,7 @@ class BlockStream:
 
 def _hidden(output: Any) -> Tensor:
     """The hidden states in what a module returns: blocks of some families return a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
     return found
 
 

@@ -52,13 +52,18 @@ def check_factors(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
         for matrix in plan.matrices
         for name in model.get_submodule(matrix.name).state_dict()
     ]
-    # Quantised factors are in the file in parts.
-    lacking = [
-        name
-        for name in wanted
-        if name.removeprefix(prefix) not in held
-        and name.removeprefix(prefix).removesuffix(".weight") + ".qdata" not in held
-    ]
+    # Under names of older classes (GPT-NeoX's embed_out) the loader finds them too.
+    modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
+    foreign = {
+        k.partition(".groups.")[2] for k in held if k.partition(".groups.")[0] not in modules
+    }
+
+    def there(name: str) -> bool:
+        if name in held or name.partition(".groups.")[2] in foreign - {""}:
+            return True
+        return name.removesuffix(".weight") + ".qdata" in held  # quantized: in parts
+
+    lacking = [name for name in wanted if not there(name.removeprefix(prefix))]
     if lacking:
         raise KronyError(
             f"the checkpoint lacks {len(lacking)} tensors of factored matrices, {lacking[0]} the "
