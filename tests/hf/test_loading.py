@@ -142,7 +142,9 @@ def test_an_adapter_is_no_model(dense):
         load_model(dense)
 
 
-@pytest.mark.parametrize("name", ["../dense/model.safetensors", "/etc/passwd", "x.bin", "", None])
+@pytest.mark.parametrize(
+    "name", ["../dense/model.safetensors", "/etc/passwd", "x.bin", "", None, "a" * 999]
+)
 def test_an_index_names_files_of_its_own_directory_only(dense, name):
     (dense / "model.safetensors").rename(dense / "other.safetensors")
     index = {"metadata": {}, "weight_map": {UP: name, "model.norm.weight": "other.safetensors"}}

@@ -77,7 +77,7 @@ def _indexed(folder: Path) -> list[str]:
     names = set()
     for key, name in entries.items():
         plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-        if not plain or "\\" in name or not name.endswith(".safetensors"):
+        if not plain or len(name) > 200 or "\\" in name or not name.endswith(".safetensors"):
             raise KronyError(
                 f"{folder / INDEX} says that {key[:100]!r} is in {shown(name)}, which is no "
                 "safetensors file of that directory; it is not read"
