@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,10 +20,17 @@ from krony.cli.compress import compress_command, plan_command
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
 from krony.cli.options import (
+    MEASURED,
+    OUTPUT,
+    TEXT,
+    Against,
     Bos,
+    Command,
     Device,
-    DtypeOption,
+    Group,
     JsonFile,
+    PrintJson,
+    RunDtype,
     Source,
     err,
     out,
@@ -35,7 +43,10 @@ from krony.maths import schemes
 if TYPE_CHECKING:
     import transformers
 
+Run = TypeVar("Run", bound=Callable[..., Any])
+
 app = typer.Typer(
+    cls=Group,
     help="Smaller transformers with Kronecker products.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,13 +54,51 @@ app = typer.Typer(
 )
 
 
-@app.command("schemes")
+SMALLER, MEASURE = "Make it smaller", "Measure it"
+ELSEWHERE, LOOK = "Take it elsewhere", "Look around"
+
+
+def command(name: str, panel: str, example: str) -> Callable[[Run], Run]:
+    """Register a command under a heading of `krony --help`, with an example below its own."""
+    return app.command(
+        name, cls=Command, rich_help_panel=panel, epilog=f"Example: krony {name} {example}"
+    )
+
+
+# In the order of `krony --help`; those of this file follow below.
+command("plan", SMALLER, "demo --size 60%")(plan_command)
+command("compress", SMALLER, "demo small --size 60%")(compress_command)
+command("heal", SMALLER, "small healed --teacher demo --data python-docstrings --tokens 300k")(
+    heal_command
+)
+command("quantize", SMALLER, "demo small-int8 --to int8")(quantize_command)
+command("bench", MEASURE, "small --against demo")(bench_command)
+command("export", ELSEWHERE, "small small-onnx --to onnx")(export_command)
+command("verify", ELSEWHERE, "small")(verify_command)
+
+
+@command("schemes", LOOK, "--hidden 3072 --model 768 --terms 2")
 def schemes_command(
-    hidden: Annotated[int, typer.Option(help="Width of the MLP's hidden axis.")] = 3072,
-    model: Annotated[int, typer.Option(help="Width of the model axis.")] = 768,
-    terms: Annotated[int, typer.Option(help="Kronecker products that are summed.")] = 1,
-    everything: Annotated[bool, typer.Option("--all", help="Also shapes of lower rank.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    hidden: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Width of the MLP's hidden axis.", rich_help_panel="The matrix"
+        ),
+    ] = 3072,
+    model: Annotated[
+        int,
+        typer.Option(metavar="N", help="Width of the model axis.", rich_help_panel="The matrix"),
+    ] = 768,
+    terms: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Kronecker products that are summed.", rich_help_panel="The matrix"
+        ),
+    ] = 1,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also shapes of lower rank.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: PrintJson = False,
 ) -> None:
     """The design space of one matrix: shapes, rank, parameters, multiply-adds."""
     if min(hidden, model, terms) < 1:
@@ -83,28 +132,28 @@ def schemes_command(
         out.print(paper)
 
 
-app.command("plan")(plan_command)
-app.command("compress")(compress_command)
-app.command("heal")(heal_command)
-app.command("bench")(bench_command)
-
-
-@app.command("evaluate")
+@command("evaluate", MEASURE, "small --against demo --data python-docs")
 def evaluate_command(
     source: Source,
-    against: Annotated[str | None, typer.Option(help="A second model, measured too.")] = None,
+    against: Against = None,
     data_name: Annotated[
         str,
         typer.Option(
-            "--data", help=f"{', '.join(words.TEXTS)}, a file, a folder, or owner/set:name:split."
+            "--data",
+            metavar="TEXT",
+            help=f"{', '.join(words.TEXTS)}, a file, a folder, or owner/set:name:split.",
+            rich_help_panel=TEXT,
         ),
     ] = "wikitext2",
-    window: Annotated[int | None, typer.Option(help="Default: 1024, or the context.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Default: the window.")] = None,
-    dtype: Annotated[
-        words.Dtype | None,
-        typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere."),
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Default: 1024, or the context.", rich_help_panel=TEXT),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Default: the window.", rich_help_panel=TEXT),
+    ] = None,
+    dtype: RunDtype = None,
     device: Device = None,
     bos: Bos = "auto",
     json_file: JsonFile = None,
@@ -142,19 +191,21 @@ def evaluate_command(
         out.print(f"Wrote {json_file}")
 
 
-app.command("export")(export_command)
-app.command("quantize")(quantize_command)
-app.command("verify")(verify_command)
-
-
-@app.command("generate")
+@command("generate", LOOK, "demo 'Return the number of' --max-new-tokens 20")
 def generate_command(
     source: Source,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 40,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
-    dtype: DtypeOption = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to add.", rich_help_panel=TEXT)
+    ] = 40,
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="NUMBER", help="0 takes the likeliest token.", rich_help_panel=TEXT),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="For a temperature above 0.", rich_help_panel=TEXT)
+    ] = 0,
+    dtype: RunDtype = None,
     device: Device = None,
 ) -> None:
     """Let a model go on from a prompt."""
@@ -166,15 +217,22 @@ def generate_command(
     out.print(text, markup=False, soft_wrap=True)
 
 
-@app.command("info")
+@command("info", MEASURE, "demo")
 def info_command(
     source: Source,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Show which kernel takes each layer and MLP, and why."),
+        typer.Option(
+            "--explain",
+            help="Show which kernel takes each layer and MLP, and why.",
+            rich_help_panel=MEASURED,
+        ),
     ] = False,
-    tokens: Annotated[int, typer.Option(help="For --explain: tokens at once.")] = 1,
+    tokens: Annotated[
+        int,
+        typer.Option(metavar="N", help="For --explain: tokens at once.", rich_help_panel=MEASURED),
+    ] = 1,
+    as_json: PrintJson = False,
 ) -> None:
     """Per matrix: shapes, terms, parameters, norm kept; in total: parameters, bytes, the saving."""
     if explain:
@@ -203,11 +261,14 @@ def info_command(
     out.print(line)
 
 
-@app.command("demo")
+@command("demo", LOOK, "--out figures")
 def demo_command(
-    output: Annotated[Path, typer.Option("--out", help="Folder for the figures.")] = Path(
-        "krony-demo"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FOLDER", help="Folder for the figures.", rich_help_panel=OUTPUT
+        ),
+    ] = Path("krony-demo"),
 ) -> None:
     """Compress the packaged model in every way, measure each, and draw the result."""
     from krony.demo import run

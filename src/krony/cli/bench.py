@@ -4,27 +4,40 @@ from typing import Annotated, Any
 
 import typer
 
-from krony import words
 from krony.cli import tables
-from krony.cli.options import Device, JsonFile, Source, out, progress_bar
+from krony.cli.options import (
+    MACHINE,
+    MEASURED,
+    Against,
+    Device,
+    JsonFile,
+    RunDtype,
+    Source,
+    out,
+    progress_bar,
+)
 
 
 def bench_command(
     source: Source,
-    against: Annotated[
-        str | None, typer.Option(help="The dense model, or another one, measured in turn.")
-    ] = None,
-    device: Device = None,
-    dtype: Annotated[
-        words.Dtype | None,
-        typer.Option(help="Default: float32 on a CPU, the checkpoint's elsewhere."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's.")] = None,
+    against: Against = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the random tokens.", rich_help_panel=MEASURED)
+    ] = 0,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the bare loop's step; on a GPU into a CUDA graph."),
+        typer.Option(
+            "--compile",
+            help="Compile the bare loop's step; on a GPU into a CUDA graph.",
+            rich_help_panel=MEASURED,
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    device: Device = None,
+    dtype: RunDtype = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of the CPU. Default: torch's.", rich_help_panel=MACHINE),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Speed, memory and bytes of a model against the dense one, and against the machine."""

@@ -1,6 +1,7 @@
 """`krony plan` and `krony compress`, and the options that say which matrix gets which factors."""
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,15 +10,27 @@ import typer
 
 from krony import words
 from krony.cli import tables
-from krony.cli.options import (
-    Bos,
-    Destination,
-    DtypeOption,
-    JsonFile,
-    Source,
-    err,
-    out,
-    progress_bar,
+from krony.cli.options import Destination, JsonFile, Source, StoredDtype, err, out, progress_bar
+from krony.cli.shapes import (
+    SMALL,
+    Calibration,
+    CalibrationBos,
+    Flops,
+    InitOption,
+    Layers,
+    LayoutOption,
+    Memory,
+    Objective,
+    Params,
+    Scalars,
+    Scheme,
+    Seed,
+    ShapeText,
+    Share,
+    SmallText,
+    TargetText,
+    Terms,
+    Windows,
 )
 from krony.errors import KronyError
 
@@ -31,59 +44,12 @@ if TYPE_CHECKING:
     from krony.compression.work import Work
     from krony.hf.plan import Plan
 
-Scheme = Annotated[str | None, typer.Option(help="A named model of the paper: 67M to 96M.")]
-ShapeText = Annotated[
-    str | None, typer.Option(help="Large factor, hidden x model: 1536x384 (else outputs x inputs).")
-]
-SmallText = Annotated[
-    str | None, typer.Option(help="Small factor instead: 2x2 halves both axes of any matrix.")
-]
-Terms = Annotated[int, typer.Option(help="Kronecker products that are summed.")]
-Scalars = Annotated[bool, typer.Option("--scalars", help="A learnable scalar per term.")]
-Layers = Annotated[str | None, typer.Option(help="Blocks to change: 0,2-5. Default: all.")]
-TargetText = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Of {', '.join(words.TARGETS)}, or patterns of module names, by commas. Default: mlp."
-    ),
-]
-LayoutOption = Annotated[
-    words.Layout, typer.Option(help="small-outer is fast; large-outer is the paper's order.")
-]
-Share = Annotated[
-    float | None,
-    typer.Option("--budget", help="Find the shapes: share of the targets to keep, 0 to 1."),
-]
-Params = Annotated[
-    str | None,
-    typer.Option(
-        "--size",
-        "--params",
-        help="Find the shapes: of the whole model, 60% of its parameters, or their number, 81M.",
-    ),
-]
-Flops = Annotated[
-    float | None, typer.Option(help="Find the shapes: share of the targets' multiply-adds.")
-]
-Objective = Annotated[
-    words.Objective | None,
-    typer.Option(help="What else gets that share: decode (time a token), throughput (flops)."),
-]
-Calibration = Annotated[
-    str, typer.Option(help="Text for data and budgets, as --data; or self: its own samples.")
-]
-Windows = Annotated[
-    int | None, typer.Option(help="Windows of calibration text. Default: what the matrices need.")
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="The most to hold, 8GB say. Default: 60 % of what is free."),
-]
-Seed = Annotated[int, typer.Option(help="For whatever is random.")]
-
 
 def plan_command(
     source: Source,
+    params: Params = None,
+    share: Share = None,
+    flops: Flops = None,
     scheme: Scheme = None,
     shape: ShapeText = None,
     small: SmallText = None,
@@ -92,16 +58,18 @@ def plan_command(
     layers: Layers = None,
     target: TargetText = None,
     layout: LayoutOption = "small-outer",
-    share: Share = None,
-    params: Params = None,
-    flops: Flops = None,
     objective: Objective = None,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
-    bos: Bos = "auto",
+    bos: CalibrationBos = "auto",
     memory: Memory = None,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Ten sizes from one calibration, to choose from.")
+        bool,
+        typer.Option(
+            "--curve",
+            help="Ten sizes from one calibration, to choose from.",
+            rich_help_panel=SMALL,
+        ),
     ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
@@ -147,6 +115,9 @@ def plan_command(
 def compress_command(
     source: Source,
     destination: Destination,
+    params: Params = None,
+    share: Share = None,
+    flops: Flops = None,
     scheme: Scheme = None,
     shape: ShapeText = None,
     small: SmallText = None,
@@ -155,19 +126,22 @@ def compress_command(
     layers: Layers = None,
     target: TargetText = None,
     layout: LayoutOption = "small-outer",
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan in JSON.")] = None,
-    share: Share = None,
-    params: Params = None,
-    flops: Flops = None,
-    objective: Objective = None,
-    init: Annotated[
-        words.Init | None, typer.Option(help="How the factors are found. Default: van-loan; data.")
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="A plan in JSON, as plan --json writes it.",
+            rich_help_panel=SMALL,
+        ),
     ] = None,
+    objective: Objective = None,
+    init: InitOption = None,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
-    bos: Bos = "auto",
+    bos: CalibrationBos = "auto",
     memory: Memory = None,
-    dtype: DtypeOption = None,
+    dtype: StoredDtype = None,
     seed: Seed = 0,
 ) -> None:
     """Factor a model and write it to a directory that from_pretrained loads.
@@ -231,9 +205,10 @@ def compress_command(
     together.meet()
     out.print(tables.saving(before, plan))
     out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
-    if found is not None:
+    if found is not None and method == DATA:  # what is predicted is the harm of those factors
         out.print(_harm(found))
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
+    out.print(_next(source, destination), markup=False, soft_wrap=True)
 
 
 def _first_of_processes() -> bool:
@@ -403,6 +378,16 @@ def _curve(
 
 def _harm(found: "BudgetPlan") -> str:
     return f"Predicted harm of this plan: {found.harm:.4f} nats a token."
+
+
+def _next(source: str, destination: Path) -> str:
+    """What to do with a compressed model, in commands to copy."""
+    dense, small = shlex.quote(source), shlex.quote(str(destination))
+    healed = shlex.quote(f"{destination}-healed")
+    return (
+        f"Next: krony evaluate {small} --against {dense} measures it; krony heal {small} {healed} "
+        f"--teacher {dense} --data TEXT --tokens 2M wins back what was lost"
+    )
 
 
 def _plan(

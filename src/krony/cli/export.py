@@ -6,7 +6,7 @@ import typer
 
 from krony import words
 from krony.cli import tables
-from krony.cli.options import Destination, DtypeOption, Source, out
+from krony.cli.options import OUTPUT, Destination, Source, StoredDtype, out
 from krony.errors import KronyError
 
 Form = Literal["dense", "onnx", "self-contained"]
@@ -19,10 +19,11 @@ def quantize_command(
         words.Quantity,
         typer.Option(
             help="int8: weights, a scale a row; int8-dynamic: inputs too, while the model runs; "
-            "int4: weights, a scale for about 32 numbers."
+            "int4: weights, a scale for about 32 numbers.",
+            rich_help_panel=OUTPUT,
         ),
     ] = "int8",
-    dtype: DtypeOption = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Quantise the large factors of a factored model, or the MLPs of a dense one, with torchao."""
     from krony.export.quantize import quantize
@@ -56,10 +57,11 @@ def export_command(
         Form,
         typer.Option(
             help="dense: an ordinary Hugging Face model; onnx: the factored graph; self-contained: "
-            "with the code that loads it where krony is not installed."
+            "with the code that loads it where krony is not installed.",
+            rich_help_panel=OUTPUT,
         ),
     ] = "dense",
-    dtype: DtypeOption = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Write a model for where krony is not installed."""
     import torch

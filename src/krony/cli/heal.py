@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from krony import words
-from krony.cli.options import Bos, Destination, Device, Source, err, out, progress_bar
+from krony.cli.options import (
+    MACHINE,
+    OUTPUT,
+    TEXT,
+    Bos,
+    Destination,
+    Device,
+    Source,
+    err,
+    out,
+    progress_bar,
+)
 from krony.errors import KronyError
 from krony.words import parse_count
 
@@ -17,6 +28,9 @@ if TYPE_CHECKING:
     from krony.healing.heal import HealConfig, HealRecord
     from krony.text.blocks import Blocks
 
+TRAINING = "How it is trained"
+RUN = "Stopping and going on"
+
 
 def heal_command(
     source: Source,
@@ -24,57 +38,191 @@ def heal_command(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Training text: python-docstrings, openwebtext, wikitext103, a file, a folder, "
-            "owner/set:name:split, or self: text that the teacher writes. May be repeated."
+            metavar="TEXT",
+            help=(
+                "Training text: python-docstrings, openwebtext, wikitext103, a file, a folder, "
+                "owner/set:name:split, or self: text that the teacher writes. May be repeated."
+            ),
+            rich_help_panel=TEXT,
         ),
     ],
-    tokens: Annotated[str, typer.Option(help="To train on: 2M, 300M, 27B.")],
-    teacher: Annotated[str | None, typer.Option(help="The dense model; with it, KL to it.")] = None,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNT",
+            help="To train on: 2M, 300M, 27B.",
+            rich_help_panel=TEXT,
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model; with it, KL to it.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(help="ce, kl, features, or a sum such as ce+kl. Default: recipe's."),
+        typer.Option(
+            metavar="LOSS",
+            help="ce, kl, features, or a sum such as ce+kl. Default: recipe's.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the KL divergence.")] = 1.0,
-    recipe: Annotated[words.Recipe, typer.Option(help="krony-pt is the paper's.")] = "default",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            help="Of the KL divergence.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 1.0,
+    recipe: Annotated[
+        words.Recipe,
+        typer.Option(
+            help="krony-pt is the paper's.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "default",
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Instead of the recipe's.")
+        float | None,
+        typer.Option(
+            "--lr",
+            metavar="RATE",
+            help="Instead of the recipe's.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     batch_tokens: Annotated[
-        str | None, typer.Option(help="Tokens in a step, instead of the recipe's: 122k.")
+        str | None,
+        typer.Option(
+            metavar="COUNT",
+            help="Tokens in a step, instead of the recipe's: 122k.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Default: the model's, at most 1024.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Default: the model's, at most 1024.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     reconstruct: Annotated[
-        int, typer.Option(help="First fit each MLP to the teacher's by so many steps: 300.")
+        int,
+        typer.Option(
+            metavar="STEPS",
+            help="First fit each MLP to the teacher's by so many steps: 300.",
+            rich_help_panel=TRAINING,
+        ),
     ] = 0,
-    freeze: Annotated[words.Freeze, typer.Option(help="dense: train the factors only.")] = "none",
+    freeze: Annotated[
+        words.Freeze,
+        typer.Option(
+            help="dense: train the factors only.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "none",
     eval_data: Annotated[
-        str | None, typer.Option(help="Held-out text. Default: 1 % of the training blocks.")
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Held-out text. Default: 1 % of the training blocks.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     eval_every: Annotated[
-        str | None, typer.Option(help="Tokens between evaluations. Default: a twentieth.")
+        str | None,
+        typer.Option(
+            metavar="COUNT",
+            help="Tokens between evaluations. Default: a twentieth.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read the text while training, store nothing.")
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Read the text while training, store nothing.",
+            rich_help_panel=TEXT,
+        ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an interrupted run stopped.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
-    save_minutes: Annotated[float, typer.Option(help="Between checkpoints.")] = 10.0,
-    keep: Annotated[int, typer.Option(help="Checkpoints that stay.")] = 2,
+    save_minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="MINUTES",
+            help="Between checkpoints.",
+            rich_help_panel=RUN,
+        ),
+    ] = 10.0,
+    keep: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Checkpoints that stay.",
+            rich_help_panel=RUN,
+        ),
+    ] = 2,
     dtype: Annotated[
-        str | None, typer.Option(help="Of autocast: bfloat16 or float32. Default: the faster.")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of autocast: bfloat16 or float32. Default: the faster.",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
     micro_tokens: Annotated[
-        str | None, typer.Option(help="Most tokens in one pass, for little memory: 4k.")
+        str | None,
+        typer.Option(
+            metavar="COUNT",
+            help="Most tokens in one pass, for little memory: 4k.",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third slower.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Less memory, a third slower.",
+            rich_help_panel=MACHINE,
+        ),
     ] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
-    log_to: Annotated[str, typer.Option(help="A tracker: tensorboard, wandb, …")] = "none",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="torch.compile the model.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
+    log_to: Annotated[
+        str,
+        typer.Option(
+            metavar="TRACKER",
+            help="A tracker: tensorboard, wandb, …",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "none",
     bos: Bos = "auto",
     device: Device = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Of the order of the blocks.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
 ) -> None:
     """Train a compressed model on; with --teacher towards the dense model's predictions."""
     import datasets

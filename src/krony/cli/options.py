@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from krony import words
 from krony.hf.claims import check_destination, claim
@@ -34,17 +35,95 @@ def _claimed(context: typer.Context, destination: Path) -> Path:
     return destination
 
 
-Source = Annotated[str, typer.Argument(help="A Hub name, a model directory, or demo.")]
-Destination = Annotated[
-    Path, typer.Argument(help="A directory that does not exist yet.", callback=_claimed)
+class Command(TyperCommand):
+    """A command whose help shows a type only where it says something."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """As click has it, without the noise."""
+        return _in_words(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The same for krony itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """As click has it, without the noise."""
+        return _in_words(super().get_params(ctx))
+
+
+def _in_words(params: list[Any]) -> list[Any]:
+    """A switch takes no value; the name of an argument says what it takes."""
+    for param in params:
+        if isinstance(param, TyperArgument):
+            # typer shows "<str>" beside the name and has no option against it.
+            param.display_type_rich = _nothing  # type: ignore[method-assign]
+        elif getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+def _nothing(ctx: Any) -> str:
+    return ""
+
+
+# Panels of more than one command; those that only one has stand with it.
+TEXT = "Text"
+OUTPUT = "Output"
+MACHINE = "Machine"
+MEASURED = "What is measured"
+
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hub name, a model directory, or demo.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-DtypeOption = Annotated[words.Dtype | None, typer.Option(help="Default: that of the checkpoint.")]
+Destination = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FOLDER", help="A directory that does not exist yet.", callback=_claimed
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the figures to this file.", rich_help_panel=OUTPUT
+    ),
+]
+PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+StoredDtype = Annotated[
+    words.Dtype | None,
+    typer.Option("--dtype", help="Default: that of the checkpoint.", rich_help_panel=OUTPUT),
+]
+RunDtype = Annotated[
+    words.Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Default: float32 on a CPU, the checkpoint's elsewhere.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Bos = Annotated[
     words.Bos,
-    typer.Option("--bos", help="The token that begins a text, in front of every window."),
+    typer.Option(
+        "--bos",
+        help="The token that begins a text, in front of every window.",
+        rich_help_panel=TEXT,
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="A torch device; default: cuda if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="A torch device; default: cuda if there is one.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The dense model, or another one, measured too.",
+        rich_help_panel=MEASURED,
+    ),
+]
 
 
 class Told(Progress):

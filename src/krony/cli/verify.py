@@ -9,7 +9,7 @@ from krony.cli.options import out
 
 
 def verify_command(
-    source: Annotated[str, typer.Argument(help="A directory that krony wrote.")],
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="A directory that krony wrote.")],
 ) -> None:
     """Compare every tensor and file of a factored model with its checksum: finds one flipped bit.
 
