@@ -1,4 +1,5 @@
 # make demo: install, then the main job on the packaged model.
+# make check: install, then lint, types and the quick tests: the daily loop.
 # make test: install, then lint, types and all tests.
 # make faults: install, then 200 kills; writes benchmarks/results/faults.json.
 # make lowest: the lowest versions that pyproject.toml allows, in an environment of their own, and
@@ -13,10 +14,13 @@ INSTALLED := .venv/.installed
 
 RELEASE := build/release
 
-.PHONY: demo test lint docs faults fuzz lowest release-check install
+.PHONY: demo check test lint docs faults fuzz lowest release-check install
 
 demo: $(INSTALLED)
 	$(BIN)/krony demo
+
+check: lint
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile

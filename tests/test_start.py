@@ -63,6 +63,7 @@ def test_help_and_schemes_load_neither_torch_nor_transformers(arguments):
     assert not loaded(command(*arguments)) & HEAVY
 
 
+@pytest.mark.slow
 def test_info_loads_nothing_heavy_beyond_torch_and_transformers():
     # What every command needs that loads a model: part of transformers brings more, by what else
     # is installed (torchao brings torch._dynamo).
@@ -86,6 +87,7 @@ def small(tmp_path_factory):
     return krony.save_model(model, folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [

@@ -16,6 +16,8 @@ from krony.maths import fit, schemes
 from krony.measure import info
 from krony.text.data import load_text
 
+pytestmark = pytest.mark.slow
+
 MARK = "\n<|endoftext|>\n"
 CELLS = ["dense", "0.8 low rank", "81M van-loan-scaled", "81M budget", "96M layers dropped"]
 

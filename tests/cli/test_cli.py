@@ -121,6 +121,7 @@ def test_plan_file_and_compress_with_it(run, tmp_path):
     assert model.transformer.h[3].mlp.c_fc.groups[0].scalars.shape == (2,)
 
 
+@pytest.mark.slow
 def test_flops_over_a_list_of_targets(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Return the number of elements in the list, or None if it is empty.\n" * 300)
@@ -157,6 +158,7 @@ def test_schemes(run):
     assert "12x1 by 1x8" in out
 
 
+@pytest.mark.slow
 def test_real_gpt2_shapes(run, tmp_path):
     """A random GPT-2 of the real size, by the paper's names."""
     hf.set_seed(0)
@@ -335,6 +337,7 @@ def test_interrupt_leaves_nothing(run, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_plan_found_for_a_budget_is_what_compress_makes_of_it(run, tmp_path):
     inputs = healing_inputs(tmp_path)
     given = ["--budget", 0.5, "--calibration", inputs / "text.txt", "--windows", 40]

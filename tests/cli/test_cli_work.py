@@ -37,6 +37,7 @@ main()
 
 
 # Of text, moments, gradients and moments, the gradients are gone once they are used up.
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "files"), [(1, 1), (4, 3)])
 def test_the_same_command_goes_on_after_a_kill(source, run, tmp_path, moment, files):
     command = ["compress", str(source), str(tmp_path / "out"), *OPTIONS]
@@ -57,6 +58,7 @@ def test_the_same_command_goes_on_after_a_kill(source, run, tmp_path, moment, fi
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
+@pytest.mark.slow
 def test_ten_sizes_from_one_calibration(source, run, tmp_path, monkeypatch):
     texts: list[str] = []
     put = Work.put

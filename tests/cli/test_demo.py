@@ -13,7 +13,7 @@ from krony.maths import fit
 from krony.text import docstrings
 
 # Sixteen windows, for speed, are few; the warning says so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*calibration tokens are few")]
 
 
 @pytest.fixture(scope="module")

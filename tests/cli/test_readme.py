@@ -26,6 +26,7 @@ def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
     return re.findall(rf"```({'|'.join(languages)})\n(.*?)```", page, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
 def test_page_runs_in_order(page, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

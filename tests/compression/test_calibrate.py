@@ -74,6 +74,7 @@ def test_shared_inputs_are_collected_once():
     assert found["model.layers.0.mlp.up_proj"].gradient is None
 
 
+@pytest.mark.slow
 def test_predicted_harm_is_the_divergence_for_small_errors():
     """½ tr(G Δ C Δᵀ) against the KL divergence itself, for a small random error in one matrix."""
     from krony.maths.fit import Metric
@@ -144,6 +145,7 @@ def test_few_tokens_warn_with_the_number_needed(gpt2):
         compress(gpt2, make_plan(gpt2, small=(2, 2)), init="data", calibration=WINDOWS[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_data_beats_van_loan_on_its_own_measure(family):

@@ -202,6 +202,7 @@ def test_one_use_is_the_whitened_svd():
     assert harms.tolist() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("llama", False)])
 def test_predicted_harm_is_the_divergence_for_small_errors(family, tied):
     """The quadratic form against the KL divergence itself, for a small random error."""
@@ -222,6 +223,7 @@ def test_predicted_harm_is_the_divergence_for_small_errors(family, tied):
         assert form.harm(delta.double()) == pytest.approx(real, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("llama", False)])
 @pytest.mark.parametrize("choices", [LOW_RANK, {"small": (4, 4), "terms": 6}])
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
@@ -240,6 +242,7 @@ def test_data_beats_van_loan_on_its_own_measure(family, tied, choices):
     assert 0 < errors["data"] < errors["van-loan"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("llama", False)])
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_a_whole_model_budget_decides_over_everything(family, tied, tmp_path):

@@ -33,6 +33,7 @@ def same(left, right):
         assert mine.inputs.tokens == mine.tokens == WINDOWS.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "scaled logits"])
 def test_block_by_block_they_are_those_of_the_whole_model(family, folder, tmp_path):
@@ -67,6 +68,7 @@ class Killed(Exception):  # noqa: N818  not an error of ours
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [0, 1, 2, 3, 5, 8])
 def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_bytes(moment, tmp_path):
     """Every file that is written is a moment at which a run can end."""
@@ -120,6 +122,7 @@ def test_another_budget_uses_what_is_known_and_another_text_does_not(tmp_path, m
     assert made.count("moments") == 2
 
 
+@pytest.mark.slow
 def test_a_curve_is_its_points():
     model = tiny("llama")
     curve = make_curve(model, WINDOWS, (0.8, 0.5, 0.2))
@@ -173,6 +176,7 @@ if PartialState().is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -83,6 +83,7 @@ def test_fewer_units_never_do_less_harm(weight, metric):
     assert harms == sorted(harms)
 
 
+@pytest.mark.slow
 def test_of_a_thousand_units_that_come_in_pairs_one_of_each_stays():
     """Steps of many units at once must not take both."""
     generator = torch.Generator().manual_seed(3)
@@ -104,6 +105,7 @@ def cut(model, options=None):
     return compress(model, narrow_plan(model), init="data", calibration=WINDOWS, options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loses_units_and_saves_loads_generates_and_folds(family, tmp_path):
     model = tiny(family)
@@ -303,6 +305,7 @@ def test_a_matrix_that_is_only_narrow_is_quantised_beside_factors():
     assert names == {f"{n}.c_fc" for n in layers} | {f"{n}.c_proj.groups.0.large" for n in layers}
 
 
+@pytest.mark.slow
 def test_without_krony_a_narrow_model_stops_instead_of_loading_noise(tmp_path):
     cut(tiny("gpt2")).save_pretrained(tmp_path)
     assert "size mismatch" in refused_without_krony(tmp_path)

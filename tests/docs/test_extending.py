@@ -9,6 +9,8 @@ import pytest
 import krony
 from krony.nn import dispatch
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "docs" / "extending"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.stem != "index")
 PUBLIC_MODULES = {"krony", "krony.nn.dispatch"}

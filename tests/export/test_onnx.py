@@ -12,6 +12,8 @@ from krony import KroneckerGroup, KroneckerLinear, KronyError, compress, load_mo
 from krony.export.onnx import onnx as export_onnx
 from krony.export.quantize import quantize
 
+pytestmark = pytest.mark.slow
+
 
 def compressed(family):
     made = tiny(family)

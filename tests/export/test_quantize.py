@@ -142,6 +142,7 @@ def test_what_no_group_divides_is_kept_and_listed(tmp_path):
     assert config_of(load(tmp_path)).quantised["kept"] == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_dense_and_factored(family, tmp_path):
     for factored in (True, False):
@@ -189,6 +190,7 @@ def test_embeddings_attention_and_small_factors_stay():
     torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["int8", "int4"])
 def test_compiles_whole(to):
     made = quantize(model(), to)
@@ -211,6 +213,7 @@ def test_the_base_model_loads_too(tmp_path):
     assert torch.equal(its.weight.dequantize(), mine.weight.dequantize())
 
 
+@pytest.mark.slow
 def test_without_krony_a_quantised_dense_model_stops_instead_of_loading_noise(
     monkeypatch, tmp_path
 ):

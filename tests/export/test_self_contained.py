@@ -19,6 +19,8 @@ from krony.hf.modeling import KroneckerQuantizer
 from krony.hf.plan import Plan, matrix_plan
 from krony.runtime import loader
 
+pytestmark = pytest.mark.slow
+
 # A process without krony, scipy and Triton. It loads every directory, runs it, saves it, loads that
 # again; without trust it stops instead of loading noise; krony, imported at last, takes over.
 PROCESS = """

@@ -12,6 +12,8 @@ import pytest
 from faults import trials
 from krony.healing.training import HealTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):

@@ -12,6 +12,8 @@ import pytest
 
 from faults import trials
 
+pytestmark = pytest.mark.slow
+
 MORE = {
     "export to onnx": "export small out --to onnx",
     "the packaged model": "compress demo out --small 2x2",

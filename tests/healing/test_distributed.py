@@ -14,6 +14,8 @@ import krony
 from helpers import healing_inputs, logits
 from krony.hf import ties
 
+pytestmark = pytest.mark.slow
+
 LAUNCHED = str(Path(__file__).parents[1] / "launched.py")
 ALONE = [sys.executable, LAUNCHED]
 TWO = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -59,6 +59,7 @@ def same(first, second):
     return all(torch.equal(a, second[name]) for name, a in first.items())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
     plain, compiled, (wanted, teacher) = [], [], small()
     model, _ = small()
@@ -79,6 +80,7 @@ def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "dtype"),
     [
@@ -195,6 +197,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "dtype"),
     [
@@ -241,6 +244,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(when, dtype, tmp_path, monkeyp
     assert all((folder / COMPLETE).exists() for folder in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(number, tmp_path):
     whole, _ = small()
@@ -331,6 +335,7 @@ def test_lora_trains_adapters_and_leaves_none(tmp_path):
     assert torch.equal(logits(krony.load_model(saved)), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few", "ignore:fan_in_fan_out")
 @pytest.mark.parametrize("changes", [{}, {"freeze": "dense"}, {"recipe": "lora"}])
 def test_a_model_that_only_lost_hidden_units_heals(changes, tmp_path):
@@ -351,6 +356,7 @@ def test_a_model_that_only_lost_hidden_units_heals(changes, tmp_path):
     assert torch.equal(logits(krony.load_model(saved)), logits(model))
 
 
+@pytest.mark.slow
 def test_the_paper_recipe_has_two_stages(tmp_path):
     recipe = RECIPES["krony-pt"](768, 10**9)
     assert [s.batch_tokens for s in recipe.stages] == [122_880, 327_680]

@@ -143,6 +143,7 @@ def companions_of(folder):
     return {name: (folder / name).read_bytes() for name in KEPT}
 
 
+@pytest.mark.slow
 def test_companions_are_copied_byte_for_byte_through_every_command(source, tmp_path, run):
     wanted = companions_of(source)
     text = tmp_path / "text.txt"
@@ -206,6 +207,7 @@ def test_the_model_writes_its_own_text_whatever_its_generation_settings_say(sett
     assert model.generation_config.to_dict().items() >= settings.items()  # left as they were
 
 
+@pytest.mark.slow
 def test_samples_have_the_models_own_frequencies():
     """Of an untrained head that prefers the end of text: it comes as often as the model says."""
     model = tiny("llama")

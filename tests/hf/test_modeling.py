@@ -39,6 +39,7 @@ def load(path, **options):
     return hf.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_saves_loads_generates_and_folds(family, tmp_path):
     model = factored(family, target="all")
@@ -160,6 +161,7 @@ def test_the_factored_model_is_an_ordinary_trainable_model(tmp_path):
     hf.Trainer(model=again, args=hf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
+@pytest.mark.slow
 def test_compiles_whole(tmp_path):
     model = factored("llama")
     compiled = torch.compile(model, backend="eager")
@@ -200,6 +202,7 @@ def test_dequantize_dtype_and_plain_save(tmp_path):
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_krony_a_factored_model_stops_instead_of_loading_noise(tmp_path):
     factored("llama").save_pretrained(tmp_path)
     assert "kronecker" in refused_without_krony(tmp_path)

@@ -50,6 +50,7 @@ def test_generate_neither_stops_nor_samples(gpt2):
     assert torch.equal(Runner(gpt2).generate(ids, 8)[1], uncached(gpt2, ids, 8))
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_has_a_static_cache_and_the_same_tokens(gpt2, monkeypatch):
     asked = []
     # What torch.compile does to a forward is torch's to test, and takes a minute.
@@ -267,6 +268,7 @@ def test_dtypes_must_agree():
         bench.check_comparable(models)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(saved):
     # This process holds hundreds of megabytes; the tiny model's own must hold none of them.
     peak = footprint.peak_memory(saved / "dense", "float32", "cpu", 1)
@@ -297,6 +299,7 @@ print(int(kept), faults() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told to glibc")
 def test_freed_memory_is_kept_for_the_next_tensor():
     found = {}

@@ -83,6 +83,7 @@ def test_measurements_that_cannot_be(gpt2):
         evaluate.perplexity(gpt2, ids)
 
 
+@pytest.mark.slow
 def test_packaged_model_golden():
     """Origin: the packaged model itself, float32, 2 threads, on the sentence below."""
     from krony import load_model
