@@ -19,6 +19,8 @@ from family_matrix import tiny
 from krony import KronyError, load_model, load_tokenizer, save_model
 from krony.hf.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("KRONY_FUZZ", "25"))
 SECONDS, GROWTH = 2.0, 400 * 2**20  # beyond what a process with torch and transformers has
 LONG = settings(

@@ -11,6 +11,7 @@ QUICK = ("falcon", "gemma", "biogpt")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
