@@ -135,6 +135,9 @@ def shared_data() -> Path:
 def refused_without_krony(path: Path) -> str:
     """What a process that does not import krony says when it is given that model and stops."""
     script = f"import transformers as hf; hf.AutoModelForCausalLM.from_pretrained({str(path)!r})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    # Commands that ran in this process told transformers to be quiet.
+    loud = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=loud)
     assert done.returncode != 0
     return done.stderr

@@ -11,7 +11,7 @@ import krony
 import methods
 import study
 import study_report
-from krony.compression import budget
+from krony.compression import prices
 from krony.maths import fit, schemes
 from krony.measure import info
 from krony.text.data import load_text
@@ -57,8 +57,8 @@ def studied(corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", out.parent / "cache")
         patch.setattr(study, "fastest_dtype", lambda device: "float32")  # not by timing
-        patch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
-        patch.setattr(budget, "PRICING_STEPS", 1)
+        patch.setattr(prices, "LOW_RANK_PARTS", (0.1,))
+        patch.setattr(prices, "PRICING_STEPS", 1)
         patch.setattr(fit, "STEPS", 1)
         patch.setattr(study, "DECODED", 4)
         assert run_study(out, corpus, "--cells", *CELLS, "--minutes", 0) == 0

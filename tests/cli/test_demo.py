@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from krony import INITS, demo, load_model, load_tokenizer
-from krony.compression import budget
+from krony.compression import prices
 from krony.hf import checkpoints
 from krony.maths import fit
 from krony.text import docstrings
@@ -23,8 +23,8 @@ def record(tmp_path_factory):
         # Few candidates, rough fits, the docstrings of two packages: a minute less.
         few = docstrings.python_docstrings("train", ("asyncio", "email"))
         patch.setattr(docstrings, "python_docstrings", lambda *_: few)
-        patch.setattr(budget, "LOW_RANK_PARTS", (0.1,))
-        patch.setattr(budget, "PRICING_STEPS", 1)
+        patch.setattr(prices, "LOW_RANK_PARTS", (0.1,))
+        patch.setattr(prices, "PRICING_STEPS", 1)
         patch.setattr(fit, "STEPS", 2)
         torch.set_num_threads(2)
         yield folder, demo.run(folder / "out", characters=12_000, windows=16)

@@ -32,6 +32,8 @@ COMMANDS = {
     "export": "export small out --to dense",
     "export with code": "export small out --to self-contained",
 }
+# What a command that was stopped goes on from.
+RESUMED = {"heal": ["out.run"], "compress by data": [".out.work"]}
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,10 @@ def judged(name: str, said: str, left: list[str], reference: Reference) -> Itera
     """What is wrong with what a kill left, and with going on from there."""
     if "Traceback" in said:
         yield f"a traceback: {said[-300:]} "
-    if hidden := [path for path in left if path.startswith(".")]:
+    kept = RESUMED.get(name, [])
+    if hidden := [path for path in left if path.startswith(".") and path not in kept]:
         yield f"hidden copies: {hidden} "
-    if unknown := set(left) - {"out", *(["out.run"] if name == "heal" else []), *hidden}:
+    if unknown := set(left) - {"out", *kept, *hidden}:
         yield f"left: {unknown} "
     if "out" in left:
         if contents(Path("out")) != reference.wanted:
@@ -168,6 +171,8 @@ def judged(name: str, said: str, left: list[str], reference: Reference) -> Itera
         yield f"it can't be run again: {said[-300:]} "
     elif contents(Path("out")) != reference.wanted:
         yield "run again, it writes something else "
+    elif rest := [path for path in kept if path.startswith(".") and Path(path).exists()]:
+        yield f"run again, it leaves {rest} "
     after = sorted(path.name for path in Path().iterdir() if "out" in path.name)
     if not code and after != ["out"]:
         yield f"run again, it leaves {after} "

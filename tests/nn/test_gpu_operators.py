@@ -187,6 +187,7 @@ def test_what_a_launch_takes(wanted, reason, monkeypatch):
 def test_a_cpu_falls_back_and_imports_no_kernel(monkeypatch):
     monkeypatch.setattr(operators, "INSTALLED", True)
     monkeypatch.setattr(operators, "INTERPRETED", False)
+    monkeypatch.delitem(sys.modules, "krony.nn.gpu.triton_kernels", raising=False)
     assert refusal() == "only on a GPU"
     dispatch.run(KroneckerGroup((8, 8), (2, 2)), torch.zeros(1, 16))
     assert INTERPRETED or DEVICE == "cuda" or "krony.nn.gpu.triton_kernels" not in sys.modules
