@@ -16,13 +16,12 @@ from krony.hf.saving import (
     directory_bytes,
     discard,
     new_directory,
+    save,
     save_model,
     write_file,
     write_json,
     write_text,
 )
-
-save = save_model
 
 __all__ = [
     "DEMO",

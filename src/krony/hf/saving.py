@@ -35,6 +35,19 @@ __all__ = [
 ]
 
 
+def save(
+    model: PreTrainedModel,
+    destination: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write a model and its tokenizer to a directory that `load` reads; see `save_model`.
+
+    Raises:
+        KronyError: a destination that exists already or can't be written.
+    """
+    return save_model(model, destination, tokenizer)
+
+
 def save_model(
     model: PreTrainedModel,
     destination: str | Path,
