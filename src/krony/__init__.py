@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from krony.compression.entry import compress
     from krony.compression.inits import INITS, Terms
     from krony.compression.layout import choose_layouts
+    from krony.compression.plain import slim
     from krony.compression.sequential import DataOptions
     from krony.export.quantize import quantize
     from krony.healing.heal import HealConfig, HealRecord, heal
@@ -61,6 +62,7 @@ _MODULES = {  # of each public name; the imports above say the same to type chec
     "quantize": "export.quantize",
     "save": "hf.checkpoints",
     "save_model": "hf.checkpoints",
+    "slim": "compression.plain",
 }
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "quantize",
     "save",
     "save_model",
+    "slim",
 ]
 
 register.install()

@@ -121,7 +121,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     if len(hidden) != 1 or any(len(own) != 1 for own in by_block.values()):
         raise KronyError(
             f"this {type(model).__name__} has MLPs of {len(hidden)} widths or several a block, and "
-            "its configuration states one; use --structure factored"
+            "its configuration states one; use krony.compress"
         )
     (width,) = hidden
     names = tuple(n for n in WIDTHS if hasattr(config, n))
@@ -209,7 +209,7 @@ def smaller(
     if wrong:
         raise KronyError(
             f"the configuration of {type(model).__name__} can't say {sizes}: {wrong[0]} would have "
-            "another shape; use --structure factored"
+            "another shape; use krony.compress"
         )
     made.load_state_dict({n: state[n].clone() for n in made.state_dict()}, strict=True)
     made.tie_weights()
@@ -227,7 +227,7 @@ def _config(model: PreTrainedModel, body: Anatomy, sizes: Sizes, stay: list[int]
         if len(body.width_names) != 1:
             raise KronyError(
                 f"the configuration of {type(model).__name__} does not state the width of its MLPs "
-                f"({before.width}); use --structure factored"
+                f"({before.width}); use krony.compress"
             )
         setattr(text, body.width_names[0], sizes.width)
     if (sizes.groups, sizes.heads) != (before.groups, before.heads):
@@ -335,5 +335,5 @@ def _compare(
         raise KronyError(
             f"{type(model).__name__} with fewer units, heads or blocks is not what it is with "
             "zeros in their place, so this architecture can't be made smaller that way; use "
-            "--structure factored"
+            "krony.compress"
         )
