@@ -29,7 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 
 @pytest.fixture(autouse=True)
 def all_there_is(monkeypatch):
-    """The windows are taken for all that there is, not for a sample: laws hold to the digit."""
+    """The windows are taken for all that there is, not for a sample: laws hold to the digit.
+
+    They don't as krony runs: on these 768 tokens the shrinkage of correlations (`fit.determined`)
+    lets units that are there twice cost up to 0.23 of a logit, and nothing without it.
+    """
     monkeypatch.setattr(fit, "determined", lambda moments, square, tokens: moments)
 
 
