@@ -1,7 +1,6 @@
 """Kills, full disks and two runs at one destination: nothing is lost, nothing is left."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -47,19 +46,7 @@ def test_of_two_at_one_destination_one_is_refused(name, here):
 @pytest.mark.parametrize("name", trials.COMMANDS)
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(name, here):
     """Files can't grow beyond a few kilobytes, as on a disk that is full."""
-    read, write = os.pipe()
-    process = os.fork()
-    if not process:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        os.dup2(write, 2)
-        os.close(write)
-        inner, errors = trials.run(trials.COMMANDS[name].split())
-        code, said = trials.ended(inner, errors)
-        os.write(2, said.encode())
-        os._exit(code)
-    os.close(write)
-    code, said = trials.ended(process, read)
+    code, said = trials.ended(*trials.run(trials.COMMANDS[name].split(), disk=20_000))
     left = [p.name for p in Path().iterdir() if "out" in p.name]
     for path in left:
         trials.shutil.rmtree(path)

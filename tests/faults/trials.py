@@ -2,14 +2,16 @@
 
 python tests/faults/trials.py 200      writes benchmarks/results/faults.json
 
-Importing takes longer than working here, so a trial is a fork of a process that has imported all.
+Importing takes longer than working here, so a trial is a fork of a server that has imported all.
 Half of the kills strike by the clock, anywhere in the run; the other half just before the process
 opens, renames or removes something where it writes, which is where harm is done.
 """
 
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +51,54 @@ class Trial:
     wrong: str
 
 
-def run(arguments: list[str], event: int = 0, number: int = 0, threads: int = 1) -> tuple[int, int]:
-    """Fork, and run the command in the current folder; (process, its standard error).
+# Forks come from a server that has imported all and never multiplied: a process that has threads
+# of OpenMP (whoever ran a model has some) can't be forked, its children crash or wait for ever.
+IMPORTED = "torch transformers.models.gpt2.modeling_gpt2 transformers.trainer accelerate onnxscript"
+IMPORTED += " torch.onnx krony krony.cli.app krony.cli.compress krony.cli.heal krony.cli.export"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(IMPORTED.split())
+Forked = multiprocessing.context.ForkServerProcess
+Running = tuple[Forked, Connection]
+
+
+def run(
+    arguments: list[str], event: int = 0, number: int = 0, threads: int = 1, disk: int = 0
+) -> Running:
+    """Start the command in the current folder; (process, what it writes on either output).
 
     Args:
         event: before which event on files the process sends itself the signal `number`; 0: never.
         threads: of torch.
+        disk: bytes that a file can have at most, as if the disk were full then; 0: any.
     """
-    read, write = os.pipe()
-    process = os.fork()
-    if process:
-        os.close(write)
-        return process, read
-    os.close(read)
+    read, write = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(
+        target=_command, args=(arguments, str(Path.cwd()), write, event, number, threads, disk)
+    )
+    process.start()
+    write.close()
+    return process, read
+
+
+def _command(
+    arguments: list[str],
+    folder: str,
+    output: Connection,
+    event: int,
+    number: int,
+    threads: int,
+    disk: int,
+) -> None:
+    os.chdir(folder)
     for descriptor in (1, 2):
-        os.dup2(write, descriptor)
-    os.close(write)
+        os.dup2(output.fileno(), descriptor)
+    output.close()
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-    here, seen = str(Path.cwd()), 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    if disk:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    seen = 0
 
     def hook(name: str, values: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -73,7 +106,7 @@ def run(arguments: list[str], event: int = 0, number: int = 0, threads: int = 1)
             return
         path = os.fspath(values[0])
         reading = name == "open" and not (isinstance(values[1], str) and values[1][0] in "wax")
-        if reading or isinstance(path, bytes) or "out" not in path.replace(here, ""):
+        if reading or isinstance(path, bytes) or "out" not in path.replace(folder, ""):
             return
         seen += 1
         if seen == event:
@@ -101,11 +134,16 @@ def run(arguments: list[str], event: int = 0, number: int = 0, threads: int = 1)
     os._exit(code)
 
 
-def ended(process: int, errors: int) -> tuple[int, str]:
+def ended(
+    process: multiprocessing.context.ForkServerProcess, output: Connection
+) -> tuple[int, str]:
     """Exit code (negative: the signal) and messages, read until janitors are done as well."""
-    with os.fdopen(errors, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+    said = b""
+    while piece := os.read(output.fileno(), 1 << 16):
+        said += piece
+    output.close()
+    process.join()
+    return process.exitcode or 0, said.decode(errors="replace")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -138,7 +176,7 @@ def trial(name: str, chosen: random.Random, known: dict[str, Reference]) -> Tria
         process, errors = run(command)
         time.sleep(seconds)
         with suppress(ProcessLookupError):
-            os.kill(process, number)
+            os.kill(process.pid or 0, number)
         moment = f"after {seconds:.2f} s"
     else:
         event = chosen.randint(1, 120 if name == "heal" else 20)
