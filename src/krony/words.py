@@ -18,7 +18,7 @@ Freeze = Literal["none", "dense"]
 Quantity = Literal["int8", "int8-dynamic", "int4"]
 
 TARGETS = ("mlp", "attention", "embedding", "all", "everything")
-TEXTS = ("wikitext2", "wikitext103", "lambada", "python-docs")
+TEXTS = ("wikitext2", "wikitext2-raw", "wikitext103", "lambada", "python-docs")
 SELF = "self"  # text that the model itself writes
 
 

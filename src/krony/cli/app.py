@@ -16,6 +16,7 @@ import typer
 from krony import words
 from krony.cli import tables
 from krony.cli.bench import bench_command
+from krony.cli.compare import compare_command
 from krony.cli.compress import compress_command, plan_command
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
@@ -72,6 +73,9 @@ command("heal", SMALLER, "small healed --teacher demo --data python-docstrings -
     heal_command
 )
 command("quantize", SMALLER, "demo small-int8 --to int8")(quantize_command)
+command(
+    "compare", MEASURE, "demo --budget 0.8 --calibration python-docstrings --data python-docs -o c"
+)(compare_command)
 command("bench", MEASURE, "small --against demo")(bench_command)
 command("export", ELSEWHERE, "small small-onnx --to onnx")(export_command)
 command("verify", ELSEWHERE, "small")(verify_command)

@@ -45,9 +45,9 @@ def load_text(name: str, split: str = "test") -> Text:
     """A named text, a file, a folder of files, or a data set of the Hub.
 
     Args:
-        name: "wikitext2", "wikitext103" (the non-raw versions with <unk>), "lambada" (test set as
-            OpenAI published it), "python-docs" (the language reference inside every Python), or
-            what `sources.find` takes. Rows are joined by a blank line.
+        name: "wikitext2", "wikitext103" (the non-raw versions with <unk>), "wikitext2-raw",
+            "lambada" (test set as OpenAI published it), "python-docs" (the language reference
+            inside every Python), or what `sources.find` takes. Rows are joined by a blank line.
         split: "test" to measure on, "train" to calibrate on, where there are several.
     Raises:
         KronyError: nothing of that name, what can't be read, an empty text, a name that is also a
@@ -101,6 +101,16 @@ def _wikitext(folder: str, configuration: str) -> Callable[[str, str], Text]:
         return Text(name, SEPARATOR.join(rows), origin)
 
     return load
+
+
+def _raw_wikitext(name: str, split: str) -> Text:
+    """WikiText-2 as it was before rare words became <unk>, as most published figures have it."""
+    local = data_folder()
+    path = local / "wikitext-2" / f"wiki.{split}.raw.hfjoin.txt" if local else None
+    if path and path.is_file():  # joined already
+        return Text(name, path.read_bytes().decode("utf-8"), f"wikitext-2/{path.name}")
+    rows, origin = _hub(name, "Salesforce/wikitext", "wikitext-2-raw-v1", split)
+    return Text(name, SEPARATOR.join(rows), origin)
 
 
 def load_passages(name: str) -> tuple[list[str], str]:
@@ -157,6 +167,7 @@ def _python_docs(name: str, split: str) -> Text:
 
 TEXTS: dict[str, Callable[[str, str], Text]] = {
     "wikitext2": _wikitext("wikitext-2", "wikitext-2-v1"),
+    "wikitext2-raw": _raw_wikitext,
     "wikitext103": _wikitext("wikitext-103", "wikitext-103-v1"),
     "lambada": _lambada,
     "python-docs": _python_docs,
