@@ -9,21 +9,21 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import krony
+from krony.compare.depth import drop_blocks
+from krony.compare.lowrank import low_rank_plan
 from krony.compression import calibrate
 from krony.compression.budget import make_budget_plan
 from krony.compression.calibrate import Inputs, Moments
 from krony.compression.factorise import DATA
 from krony.compression.structures import balanced_shapes, sized
-from krony.hf import families
 from krony.hf.families import Target, find_targets
 from krony.hf.plan import Plan, matrix_plan
 from krony.maths import schemes
@@ -66,15 +66,6 @@ def named(
     if name == ONE_TERM and moments is not None:
         paper = krony.choose_layouts(model, paper, moments)
     return Start(paper, DATA if name == ONE_TERM else name)
-
-
-def low_rank_plan(targets: list[Target], ranks: list[int]) -> Plan:
-    """Two matrices for each, of the given ranks."""
-    matrices = [
-        matrix_plan(t, (krony.Factors((t.shape[0], 1), (1, t.shape[1]), rank),))
-        for t, rank in zip(targets, ranks, strict=True)
-    ]
-    return Plan(tuple(matrices))
 
 
 def structured(targets: list[Target], method: str, share: float) -> Plan:
@@ -216,35 +207,6 @@ class Methods:
             moments={m.name: self.moments[m.name] for m in plan.matrices},
             options=WEIGHTS_ONLY if cell.method == WHITENED else None,
         )
-
-
-@torch.inference_mode()
-def drop_blocks(model: PreTrainedModel, most: int, windows: Tensor) -> PreTrainedModel:
-    """Leave out whole blocks, those that turn their input least, until `most` parameters are left.
-
-    Source: Men et al. 2024 (ShortGPT), whose score is the cosine between a block's two ends.
-    """
-    states = model(input_ids=windows, output_hidden_states=True, use_cache=False).hidden_states
-    found = families.blocks(model)
-    # The last of the states is after the final norm, so the last block is scored with it.
-    turned = [
-        1 - float(nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).mean())
-        for before, after in pairwise(states)
-    ]
-    size, left = info.parameters(model), list(range(len(found)))
-    for index in sorted(left, key=lambda i: turned[i]):
-        if size <= most * 1.001 or len(left) == 1:
-            break
-        size -= sum(p.numel() for p in found[index][2].parameters())
-        left.remove(index)
-    kept = nn.ModuleList([found[index][2] for index in left])
-    for index, block in enumerate(kept):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):  # its place in the cache
-                module.layer_idx = index  # type: ignore[assignment]
-    model.set_submodule(found[0][0].rpartition(".")[0], kept)
-    model.config.get_text_config().num_hidden_layers = len(kept)
-    return model
 
 
 def write_moments(path: Path, moments: dict[str, Moments]) -> None:

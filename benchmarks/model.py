@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import krony
+from krony.compare.lowrank import low_rank_plan
 from krony.compression.structures import LOW_RANK_PARTS, low_rank, mixed
 from krony.hf import modeling
 from krony.hf.checkpoints import DTYPES
@@ -27,7 +28,6 @@ from krony.measure.bench import times
 from krony.measure.memory import keep_memory
 from krony.measure.runtimes import Runner
 from krony.nn import activations, mlp
-from methods import low_rank_plan
 from records import Record, parser
 from shapes import DENSE, KINDS, SHAPES, STOCK
 from shapes import build as build_shape

@@ -11,6 +11,7 @@ import krony
 import methods
 import study
 import study_report
+from krony.compare.depth import drop_blocks
 from krony.compression import prices
 from krony.maths import fit, schemes
 from krony.measure import info
@@ -144,7 +145,7 @@ def test_dropped_blocks_are_those_that_do_nothing():
     wanted = model(ids).logits
     size = info.parameters(model)
     block = sum(p.numel() for p in model.transformer.h[1].parameters())
-    methods.drop_blocks(model, size - block // 2, ids)
+    model = drop_blocks(model, size - block // 2, ids)
     assert len(model.transformer.h) == model.config.n_layer == 3
     assert info.parameters(model) == size - block
     assert torch.allclose(model(ids).logits, wanted, atol=1e-4)

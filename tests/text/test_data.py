@@ -41,10 +41,12 @@ def test_lambada_tokens(gpt2_tokenizer, public_sets):
     assert len(evaluate.tokenize(gpt2_tokenizer, text)) == 440_534
 
 
-def test_raw_wikitext_tokens(gpt2_tokenizer):
-    path = need("wikitext-2", "wiki.test.raw.hfjoin.txt")
+def test_raw_wikitext_tokens(gpt2_tokenizer, public_sets):
+    need("wikitext-2", "wiki.test.raw.hfjoin.txt")
+    text = data.load_text("wikitext2-raw")
     # The figure in transformers' guide to perplexity.
-    assert len(evaluate.tokenize(gpt2_tokenizer, data.load_text(str(path)))) == 287_644
+    assert len(evaluate.tokenize(gpt2_tokenizer, text)) == 287_644
+    assert "<unk>" not in text.text
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_files(tmp_path):
 
 
 def test_texts_that_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(KronyError, match="no text 'wikitext3': give wikitext2, wikitext103"):
+    with pytest.raises(KronyError, match="no text 'wikitext3': give wikitext2, wikitext2-raw"):
         data.load_text("wikitext3")
     with pytest.raises(KronyError, match="can't load the text nobody/nothing en test"):
         data.load_text("nobody/nothing:en")

@@ -133,7 +133,7 @@ class Evidence:
             model.requires_grad_(False)
             for weight in weights.values():
                 weight.requires_grad_(True)
-            with fast_products(model):
+            with torch.enable_grad(), fast_products(model):
                 for number, row in enumerate(self.windows.to(model.device), 1):
                     loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
                     each = torch.autograd.grad(loss, list(weights.values()))
