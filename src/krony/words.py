@@ -19,6 +19,7 @@ Quantity = Literal["int8", "int8-dynamic", "int4"]
 
 TARGETS = ("mlp", "attention", "embedding", "all", "everything")
 TEXTS = ("wikitext2", "wikitext2-raw", "wikitext103", "lambada", "python-docs")
+DATA: Init = "data"
 SELF = "self"  # text that the model itself writes
 
 

@@ -58,8 +58,8 @@ def test_data_free_on_text_of_the_teacher(heal, inputs, tmp_path):
 
 
 def test_half_precision_stays_half_precision(heal, inputs, tmp_path, run):
-    code, _, err = run("compress", inputs / "dense", inputs / "half", "--small", "2x2", "--dtype",
-                       "bfloat16")  # fmt: skip
+    by_weights = ["--small", "2x2", "--init", "van-loan", "--dtype", "bfloat16"]
+    code, _, err = run("compress", inputs / "dense", inputs / "half", *by_weights)
     assert code == 0, err
     options = ["--data", inputs / "text.txt", *SHORT]
     code, _, err = run("heal", inputs / "half", tmp_path / "healed", *options)

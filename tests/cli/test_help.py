@@ -79,7 +79,12 @@ def test_every_command_stands_under_a_heading(run):
 
 def test_compress_ends_with_what_to_do_next(run, tmp_path):
     small = tmp_path / "my small"
-    code, out, err = run("compress", "demo", small, "--small", "2x2", "--layers", "0")
+    code, out, err = run(
+        "compress",
+        "demo",
+        small,
+        *("--small", "2x2", "--init", "van-loan", "--layout", "small-outer"),
+    )
     assert code == 0, err
     last = out.splitlines()[-1]
     assert last.startswith("Next: krony evaluate ")

@@ -104,7 +104,7 @@ def test_the_base_model_loads_and_half_precision_stays_tied(family, tmp_path):
     shape = Factors((96, 1), (1, 32), 8, interpolative=True)
     model = wide(family, True)
     (target,) = find_targets(model, "embedding")
-    compress(model, Plan((matrix_plan(target, (shape,)),))).to(torch.bfloat16)
+    compress(model, Plan((matrix_plan(target, (shape,)),)), init="van-loan").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     base = hf.AutoModel.from_pretrained(tmp_path)
     assert torch.equal(base.get_input_embeddings().weight, ends(model)[0].weight)

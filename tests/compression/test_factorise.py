@@ -70,7 +70,9 @@ def test_a_full_set_of_terms_changes_nothing(family, layout):
     """With as many terms as the rearranged matrix has rank, Van Loan is exact."""
     model = tiny(family)
     before = logits(model)
-    compress(model, make_plan(model, small=(2, 2), terms=4, target="all", layout=layout))
+    compress(
+        model, make_plan(model, small=(2, 2), terms=4, target="all", layout=layout), init="van-loan"
+    )
     assert sum(isinstance(m, KroneckerLinear) for m in model.modules()) >= 8
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
@@ -79,7 +81,7 @@ def test_compress_in_place_keeps_bias_dtype_ties_and_mode(gpt2):
     gpt2.to(torch.bfloat16)
     bias = gpt2.transformer.h[0].mlp.c_fc.bias.detach().clone()
     weight = dense_weight(gpt2.transformer.h[0].mlp.c_fc).detach().double()
-    assert compress(gpt2, make_plan(gpt2, small=(2, 2))) is gpt2
+    assert compress(gpt2, make_plan(gpt2, small=(2, 2)), init="van-loan") is gpt2
     layer = gpt2.transformer.h[0].mlp.c_fc
     assert isinstance(layer, KroneckerLinear)
     assert torch.equal(layer.bias, bias)
@@ -116,7 +118,7 @@ def test_the_seed_matters_only_for_random():
 
 
 def test_a_second_pass_adds_to_the_first(gpt2):
-    compress(gpt2, make_plan(gpt2, small=(2, 2)))
+    compress(gpt2, make_plan(gpt2, small=(2, 2)), init="van-loan")
     compress(gpt2, make_plan(gpt2, small=(1, 2), target="attention"), init="prune")
     config = config_of(gpt2)
     assert len(Plan.from_dict(config.plan).matrices) == len(config.provenance["matrices"]) == 8
@@ -125,7 +127,7 @@ def test_a_second_pass_adds_to_the_first(gpt2):
 def test_progress_is_reported(gpt2):
     calls = []
     plan = make_plan(gpt2, small=(2, 2))
-    compress(gpt2, plan, progress=lambda *call: calls.append(call))
+    compress(gpt2, plan, progress=lambda *call: calls.append(call), init="van-loan")
     assert calls == [(m.name, i, 4) for i, m in enumerate(plan.matrices, 1)]
 
 
@@ -135,7 +137,7 @@ def test_nan_and_inf_are_refused_and_nothing_is_changed(gpt2, value):
     with torch.no_grad():
         gpt2.transformer.h[1].mlp.c_fc.weight[3, 4] = value
     with pytest.raises(KronyError, match=r"h\.1\.mlp\.c_fc has 1 NaN or Inf among its 4096"):
-        compress(gpt2, plan)
+        compress(gpt2, plan, init="van-loan")
     assert not any(isinstance(m, KroneckerLinear) for m in gpt2.modules())
 
 
@@ -157,14 +159,15 @@ def test_plans_that_do_not_fit_the_model(gpt2):
         compress(gpt2, plan, init="magic")
     other = tiny("gpt2", n_embd=64)
     with pytest.raises(KronyError, match="is 256x64 in the model and 128x32 in the plan"):
-        compress(other, plan)
+        compress(other, plan, init="van-loan")
     with pytest.raises(KronyError, match=r"near names: .*mlp"):
         compress(
             tiny("llama"),
             Plan((MatrixPlan("model.layers.0.mlp.up", (48, 32), plan.matrices[0].groups),)),
+            init="van-loan",
         )
-    compress(gpt2, plan)
+    compress(gpt2, plan, init="van-loan")
     with pytest.raises(KronyError, match="is factored already"):
-        compress(gpt2, plan)
+        compress(gpt2, plan, init="van-loan")
     with pytest.raises(KronyError, match="factored already"):
         make_plan(gpt2, small=(2, 2))

@@ -31,7 +31,9 @@ STEPS = {"int8": 255, "int8-dynamic": 255, "int4": 15}  # levels of a range, les
 def model(family="gpt2", factored=True, dtype=torch.float32, **choices):
     made = tiny(family)
     if factored:
-        compress(made, make_plan(made, **({"small": (2, 2), "terms": 2} | choices)))
+        compress(
+            made, make_plan(made, **({"small": (2, 2), "terms": 2} | choices)), init="van-loan"
+        )
     return made.to(dtype)
 
 
@@ -131,7 +133,7 @@ def test_what_no_group_divides_is_kept_and_listed(tmp_path):
             matrix_plan(second, (Factors((8, 4), (4, 32), 1),)),
         )
     )
-    quantize(compress(made, plan), "int4")
+    quantize(compress(made, plan, init="van-loan"), "int4")
     kept = config_of(made).quantised["kept"]
     assert list(kept) == [f"{first.name}.groups.1.large", f"{second.name}.groups.0.large"]
     assert "divides its 9 columns" in kept[f"{first.name}.groups.1.large"]
@@ -174,7 +176,7 @@ def test_folds_to_an_ordinary_model(to, factored, tmp_path):
 
 def test_embeddings_attention_and_small_factors_stay():
     made = tiny("llama", tie_word_embeddings=True)
-    compress(made, make_plan(made, small=(2, 2), target="embedding,mlp"))
+    compress(made, make_plan(made, small=(2, 2), target="embedding,mlp"), init="van-loan")
     quantize(made, "int4")
     for name, parameter in made.named_parameters():
         quantised = ".mlp." in name and name.endswith(".large.weight")
@@ -233,7 +235,7 @@ def test_what_is_refused(monkeypatch, tmp_path):
     with pytest.raises(KronyError, match="the mlp matrices of this GPT2LMHeadModel are quantised"):
         find_targets(made, "mlp")
     with pytest.raises(KronyError, match="quantised to int8; compress it first"):
-        compress(made, make_plan(made, small=(2, 2), target="attention"))
+        compress(made, make_plan(made, small=(2, 2), target="attention"), init="van-loan")
     narrow = model(small=(16, 8), terms=1)
     with pytest.raises(KronyError, match=r"nothing to quantise to int4.*divides its 4 columns"):
         quantize(narrow, "int4")

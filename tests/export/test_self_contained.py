@@ -59,7 +59,7 @@ assert type(load(sys.argv[1]).hf_quantizer).__module__ == "krony.hf.modeling"
 
 def compressed(family, target="mlp", **changes):
     made = tiny(family, **changes)
-    return compress(made, make_plan(made, small=(2, 2), terms=2, target=target))
+    return compress(made, make_plan(made, small=(2, 2), terms=2, target=target), init="van-loan")
 
 
 def variants():
@@ -74,10 +74,10 @@ def variants():
         matrix_plan(find_targets(tied, "embedding")[0], (low_rank,)),
         matrix_plan(find_targets(tied, "mlp")[0], (matrix,)),
     )
-    made["interpolative"] = compress(tied, Plan(plans))
+    made["interpolative"] = compress(tied, Plan(plans), init="van-loan")
     scalars = tiny("gpt2")
     plan = make_plan(scalars, small=(2, 2), scalars=True)
-    made["half"] = compress(scalars, plan).to(torch.bfloat16)
+    made["half"] = compress(scalars, plan, init="van-loan").to(torch.bfloat16)
     made["int4"] = quantize(compressed("gpt2"), "int4")
     fewer = tiny("phi3")  # gate and up fused, half of the hidden units gone
     units = tuple(matrix_plan(t.narrowed(24), ()) for t in find_targets(fewer, "mlp"))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 MORE = {
     "export to onnx": "export small out --to onnx",
-    "the packaged model": "compress demo out --small 2x2",
+    "the packaged model": "compress demo out --small 2x2 --init van-loan",
     "a budget": "compress dense out --budget 0.6 --calibration text.txt --windows 4",
 }
 FIGURES = {

@@ -27,7 +27,7 @@ WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod",
 REPORTS = ("heal.json", "heal.png")  # times, never the same
 HEAL = "--data text.txt --tokens 512 --batch-tokens 64 --window 16 --dtype float32 --eval-every 128"
 COMMANDS = {
-    "compress": "compress dense out --small 2x2",
+    "compress": "compress dense out --small 2x2 --init van-loan --layout small-outer",
     "compress by data": "compress dense out --small 2x2 --init data --calibration text.txt "
     "--windows 4",
     "heal": f"heal small out {HEAL} --save-minutes 0",
@@ -235,7 +235,7 @@ def prepare() -> None:
     )  # fmt: skip
     model, tokenizer = transformers.GPT2LMHeadModel(config).eval(), krony.load_tokenizer("demo")
     krony.save_model(model, "dense", tokenizer)
-    krony.compress(model, krony.make_plan(model, small=(2, 2)))
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
     krony.save_model(model, "small", tokenizer)
     Path("text.txt").write_text(load_text("python-docs").text[:8000])
 

@@ -74,7 +74,7 @@ def test_rotary_settings_stand_under_both_names_in_all_we_write(make, wanted, tm
     make().save_pretrained(tmp_path / "source")
     model = load_model(tmp_path / "source")
     before = model.config.rope_parameters
-    krony.compress(model, krony.make_plan(model, small=(2, 2)))
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
     save_model(model, tmp_path / "small")
     save_model(load_model(tmp_path / "small").dequantize(), tmp_path / "dense")
     for name in ("small", "dense"):
@@ -101,7 +101,7 @@ def test_what_transformers_leaves_out_of_a_configuration_stays(tmp_path):
     }
     path.write_text(json.dumps(source))
     model = load_model(tmp_path / "source")
-    krony.compress(model, krony.make_plan(model, small=(2, 2)))
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
     save_model(model, tmp_path / "small")
     written = json.loads((tmp_path / "small" / "config.json").read_text())
     for key in ("rope_theta", "use_cache", "pretraining_tp", "someone's own", "temperature"):
@@ -149,7 +149,17 @@ def test_companions_are_copied_byte_for_byte_through_every_command(source, tmp_p
     text = tmp_path / "text.txt"
     text.write_text("def area(width, height):\n    return width * height\n" * 60)
     chain = [
-        ("compress", source, tmp_path / "a", "--small", "2x2"),
+        (
+            "compress",
+            source,
+            tmp_path / "a",
+            "--small",
+            "2x2",
+            "--init",
+            "van-loan",
+            "--layout",
+            "small-outer",
+        ),
         (
             *("heal", tmp_path / "a", tmp_path / "b", "--data", text, "--tokens", "256"),
             *("--batch-tokens", "64", "--window", "16", "--dtype", "float32"),

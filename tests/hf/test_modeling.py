@@ -110,7 +110,7 @@ def test_mixed_groups_travel(tmp_path):
     model = tiny("gpt2")
     groups = (Factors((128, 1), (1, 32), 2), Factors((64, 16), (2, 2), 1, "large-outer"))
     plan = Plan((MatrixPlan("transformer.h.0.mlp.c_fc", (128, 32), groups, conv1d=True),))
-    compress(model, plan)
+    compress(model, plan, init="van-loan")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
@@ -119,7 +119,10 @@ def test_the_interpolative_form_travels_trains_and_folds(tmp_path):
     groups = (Factors((16, 4), (8, 8), 20, "large-outer", interpolative=True),)
     plan = Plan((MatrixPlan("transformer.h.0.mlp.c_fc", (128, 32), groups, conv1d=True),))
     plain = Plan((replace(plan.matrices[0], groups=(replace(groups[0], interpolative=False),)),))
-    model, same = compress(tiny("gpt2"), plan), compress(tiny("gpt2"), plain)
+    model, same = (
+        compress(tiny("gpt2"), plan, init="van-loan"),
+        compress(tiny("gpt2"), plain, init="van-loan"),
+    )
     torch.testing.assert_close(logits(model), logits(same))
     assert same.num_parameters() - model.num_parameters() == 20**2
     model.save_pretrained(tmp_path / "factored")
@@ -138,7 +141,9 @@ def test_the_interpolative_form_travels_trains_and_folds(tmp_path):
 def test_formed_the_interpolative_form_is_in_full(tmp_path):
     name = "transformer.h.0.mlp.c_fc"
     groups = (Factors((16, 4), (8, 8), 20, interpolative=True), Factors((128, 1), (1, 32), 2))
-    model = compress(tiny("gpt2"), Plan((MatrixPlan(name, (128, 32), groups, conv1d=True),)))
+    model = compress(
+        tiny("gpt2"), Plan((MatrixPlan(name, (128, 32), groups, conv1d=True),)), init="van-loan"
+    )
     before, numbers = logits(model), model.num_parameters()
     assert form(model) == [name]
     assert form(model) == []
@@ -222,7 +227,7 @@ def test_the_base_model_loads_too(tmp_path):
 def test_models_that_share_a_configuration_stay_apart(tmp_path):
     config = FAMILIES["gpt2"]()
     dense, other = (hf.GPT2LMHeadModel(config) for _ in range(2))
-    compress(other, make_plan(other, small=(2, 2)))
+    compress(other, make_plan(other, small=(2, 2)), init="van-loan")
     dense.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert other.transformer.config is other.config

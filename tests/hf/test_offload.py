@@ -30,7 +30,7 @@ def factored(request, tmp_path):
     """(the directory, its logits)."""
     family, target = request.param
     model = tiny(family)
-    compress(model, make_plan(model, small=(2, 2), target=target))
+    compress(model, make_plan(model, small=(2, 2), target=target), init="van-loan")
     return save_model(model, tmp_path / "small"), logits(model)
 
 

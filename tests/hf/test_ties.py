@@ -41,7 +41,7 @@ def test_an_output_matrix_of_its_own_stays_one(contradiction, target, tmp_path):
     assert not says_tied(dense)
     assert torch.equal(logits(load_model(dense)), logits(model))
 
-    compress(model, make_plan(model, small=(2, 2), target=target))
+    compress(model, make_plan(model, small=(2, 2), target=target), init="van-loan")
     folder = save_model(model, tmp_path / "small")
     alone = self_contained(model, tmp_path / "alone")
     for written in (folder, alone):
@@ -57,7 +57,7 @@ def test_an_output_matrix_of_its_own_stays_one(contradiction, target, tmp_path):
 
 def test_a_head_of_its_own_under_an_old_configuration_that_says_tied(tmp_path):
     model = tiny("llama")
-    compress(model, make_plan(model, small=(2, 2), target="everything"))
+    compress(model, make_plan(model, small=(2, 2), target="everything"), init="van-loan")
     folder = save_model(model, tmp_path / "small")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
@@ -74,7 +74,7 @@ def test_untied_and_tied_by_hand(tmp_path):
     for model, is_tied in ((untied, False), (tied, True)):
         for name, target in (("dense", None), ("small", "everything")):
             if target is not None:
-                compress(model, make_plan(model, small=(2, 2), target=target))
+                compress(model, make_plan(model, small=(2, 2), target=target), init="van-loan")
             folder = save_model(model, tmp_path / f"{name}-{is_tied}")
             assert says_tied(folder) == is_tied
             again = load_model(folder)
@@ -88,7 +88,7 @@ def test_a_plan_that_takes_the_embedding_for_something_else(tied, tmp_path):
     other = tiny("llama", tie_word_embeddings=not tied)
     target = find_targets(other, "embedding")[0]
     assert target.tied is not tied
-    compress(model, Plan((matrix_plan(target, (Factors((48, 16), (2, 2)),)),)))
+    compress(model, Plan((matrix_plan(target, (Factors((48, 16), (2, 2)),)),)), init="van-loan")
     again = load_model(save_model(model, tmp_path / "small"))
     assert again.hf_quantizer.quantization_config.plan["matrices"][0]["tied"] == tied
     assert torch.equal(logits(again), logits(model))
@@ -110,7 +110,7 @@ def test_what_is_right_stays_as_it_is():
 def test_adapters_on_either_side_of_tied_factors_are_refused(family, side):
     peft = pytest.importorskip("peft")
     model = tiny(family, tie_word_embeddings=True)
-    compress(model, make_plan(model, small=(2, 2), target="embedding"))
+    compress(model, make_plan(model, small=(2, 2), target="embedding"), init="van-loan")
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {module: name for name, module in model.named_modules()}
     target = f"{names[ends[side]]}.groups.0.large"
@@ -121,7 +121,7 @@ def test_adapters_on_either_side_of_tied_factors_are_refused(family, side):
 
 def test_adapters_elsewhere_merge_and_are_not_lost_in_folding(gpt2):
     peft = pytest.importorskip("peft")
-    compress(gpt2, make_plan(gpt2, small=(2, 2), target="everything"))
+    compress(gpt2, make_plan(gpt2, small=(2, 2), target="everything"), init="van-loan")
     config = peft.LoraConfig(r=2, target_modules=r".*mlp.*large", init_lora_weights=False)
     peft.inject_adapter_in_model(config, gpt2)
     expected = logits(gpt2)
@@ -139,7 +139,7 @@ def test_ends_that_accelerate_does_not_find_are_found_again():
     model = tiny("gpt2")
     with patches.ends_together(model):
         assert model.get_input_embeddings() is model.transformer.wte, "only where it is factored"
-    compress(model, make_plan(model, small=(2, 2), target="embedding"))
+    compress(model, make_plan(model, small=(2, 2), target="embedding"), init="van-loan")
     assert isinstance(model, hf.GPT2LMHeadModel)
     with patches.ends_together(model):
         assert model.get_input_embeddings() is model.get_output_embeddings() is None

@@ -37,7 +37,9 @@ def layer(*groups, bias=True):
 
 def factored(**changes):
     model = tiny("gpt2", **changes)
-    return krony.compress(model, krony.make_plan(model, small=(2, 2), target="mlp")).eval()
+    return krony.compress(
+        model, krony.make_plan(model, small=(2, 2), target="mlp"), init="van-loan"
+    ).eval()
 
 
 @pytest.fixture

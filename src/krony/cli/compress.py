@@ -2,15 +2,14 @@
 
 import os
 import shlex
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from krony import words
-from krony.cli import tables
-from krony.cli.options import Destination, JsonFile, Source, StoredDtype, err, out, progress_bar
+from krony.cli import planning, tables
+from krony.cli.options import Destination, JsonFile, Source, StoredDtype, err, out
 from krony.cli.shapes import (
     SMALL,
     Calibration,
@@ -34,14 +33,10 @@ from krony.cli.shapes import (
 )
 from krony.errors import KronyError
 
-CURVE = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)  # shares of the targets
-
 if TYPE_CHECKING:
     import torch
     import transformers
 
-    from krony.compression.budget import BudgetPlan
-    from krony.compression.work import Work
     from krony.hf.plan import Plan
 
 
@@ -57,7 +52,7 @@ def plan_command(
     scalars: Scalars = False,
     layers: Layers = None,
     target: TargetText = None,
-    layout: LayoutOption = "small-outer",
+    layout: LayoutOption = None,
     objective: Objective = None,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
@@ -78,35 +73,42 @@ def plan_command(
 
     The file that --json writes is what compress --plan reads; with --curve, ten sizes.
     """
+    from krony.compression import needed
     from krony.compression.work import Work
     from krony.hf import checkpoints
     from krony.measure import info
 
+    def text(target: str) -> "torch.Tensor":
+        tokenizer = checkpoints.find_tokenizer(source)
+        number = needed.of_target(model, target) if windows is None else windows
+        return planning.calibration_text(
+            model, tokenizer, calibration, number, seed, bos, work.folder
+        )
+
+    work = Work()
     budget = _budget(share, params, flops, None if curve else objective, target)
-    _check_any(budget, scheme, shape, small, curve)
-    _check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
+    planning.check_any(budget, scheme, shape, small, curve)
+    planning.check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
     if curve:
         if budget:
             raise KronyError("--curve tries ten sizes; leave the budget out")
-        tokenizer = checkpoints.find_tokenizer(source)
-        tokens = _tokens(model, tokenizer, calibration, windows, target or "mlp", seed, bos)
-        aim = objective or "size"
-        _curve(model, tokens, target or "mlp", aim, seed, memory, json_file)
+        among, aim = target or "mlp", objective or "size"
+        tokens = text(among)
+        planning.show_curve(model, tokens, among, aim, seed, memory, json_file, work)
         return
     if budget:
         budget["parameters"] = words.parse_size(budget["parameters"], info.parameters(model))
-        tokenizer = checkpoints.find_tokenizer(source)
-        tokens = _tokens(model, tokenizer, calibration, windows, budget["target"], seed, bos)
-        found = _find(model, tokens, budget, seed, Work(), memory)
+        tokens = text(budget["target"])
+        found = planning.Job(model, tokens, words.DATA, seed, work, memory).within_budget(budget)
         plan = found.plan
     else:
-        plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
+        plan = planning.shaped(model, scheme, shape, small, terms, scalars, layers, target, layout)
     out.print(tables.plan_table(plan))
     out.print(tables.saving(info.parameters(model), plan))
     out.print(tables.costs_table(plan, found.dense if budget else (), model.dtype))
     if budget:
-        out.print(_harm(found))
+        out.print(planning.harm(found))
     if json_file is not None:
         checkpoints.write_text(json_file, plan.to_json())
         out.print(f"Wrote {json_file}")
@@ -125,7 +127,7 @@ def compress_command(
     scalars: Scalars = False,
     layers: Layers = None,
     target: TargetText = None,
-    layout: LayoutOption = "small-outer",
+    layout: LayoutOption = None,
     plan_file: Annotated[
         Path | None,
         typer.Option(
@@ -136,7 +138,7 @@ def compress_command(
         ),
     ] = None,
     objective: Objective = None,
-    init: InitOption = None,
+    init: InitOption = words.DATA,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
     bos: CalibrationBos = "auto",
@@ -149,54 +151,48 @@ def compress_command(
     What is finished is kept beside the directory until it is there: after a stop the same command
     goes on. Under `accelerate launch` the processes share the calibration text.
     """
-    from krony.compression import together
-    from krony.compression.factorise import DATA, compress
+    from krony.compression import factorise, together
+    from krony.compression.factorise import DATA
     from krony.compression.work import Work, beside
     from krony.hf import checkpoints
     from krony.hf.plan import Plan
     from krony.measure import info
-    from krony.measure.memory import parse_bytes
 
     first = _first_of_processes()
     checkpoints.check_destination(destination)
     budget = _budget(share, params, flops, objective, target)
-    _check_any(budget, scheme, shape, small, plan_file)
-    _check_one_way(plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers)
+    planning.check_any(budget, scheme, shape, small, plan_file)
+    planning.check_one_way(
+        plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers
+    )
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
     before = info.parameters(model)
     if budget:
         budget["parameters"] = words.parse_size(budget["parameters"], before)
-    plan = None if plan_file is None else Plan.read(plan_file)
-    # Which hidden units a plan takes out only data can say.
-    by_data = bool(budget) or (plan is not None and any(m.narrowed for m in plan.matrices))
-    method = init or (DATA if by_data else "van-loan")
-    tokens = found = None
-    work = Work()
-    if budget or method == DATA:
-        chosen = budget["target"] if budget else target or "mlp"
-        folder = beside(destination)
-        tokens = _tokens(model, tokenizer, calibration, windows, chosen, seed, bos, folder)
-        work = Work.of(model, tokens, seed, folder)
-    if budget and tokens is not None:
-        found = _find(model, tokens, budget, seed, work, memory)
+    plan = None
+    if plan_file is not None:
+        plan = Plan.read(plan_file)
+    elif not budget:
+        plan = planning.shaped(model, scheme, shape, small, terms, scalars, layers, target, layout)
+    if plan is not None:
+        factorise.checked(model, plan, init)  # before a text, which may take minutes
+    free = layout is None and plan_file is None
+    needs = _windows(model, plan, budget, init, free)
+    tokens, work = None, Work()
+    if needs is not None:
+        # What by weights two layouts are compared on is written anew in seconds.
+        folder = beside(destination) if init == DATA or budget else None
+        number = needs if windows is None else windows
+        tokens = planning.calibration_text(model, tokenizer, calibration, number, seed, bos, folder)
+        work = Work() if folder is None else Work.of(model, tokens, seed, folder)
+    job = planning.Job(model, tokens, init, seed, work, memory)
+    found = None
+    if plan is None:
+        found = job.within_budget(budget)
         plan = found.plan
         out.print(tables.plan_table(plan))
-    elif plan is None:
-        plan = _plan(model, scheme, shape, small, terms, scalars, layers, target, layout)
-    with progress_bar() as bar:
-        task = bar.add_task("Factorising", total=len(plan.matrices))
-        compress(
-            model,
-            plan,
-            init=method,
-            seed=seed,
-            calibration=tokens,
-            moments=found.moments if found else None,
-            progress=lambda *_: bar.advance(task),
-            work=work,
-            memory=parse_bytes(memory),
-        )
+    model, plan = job.factored(plan, found, free)
     if dtype is not None:
         model.to(checkpoints.DTYPES[dtype])  # type: ignore[arg-type]
     if first:
@@ -205,8 +201,8 @@ def compress_command(
     together.meet()
     out.print(tables.saving(before, plan))
     out.print(tables.costs_table(plan, found.dense if found else (), model.dtype))
-    if found is not None and method == DATA:  # what is predicted is the harm of those factors
-        out.print(_harm(found))
+    if found is not None and init == DATA:  # what is predicted is the harm of those factors
+        out.print(planning.harm(found))
     out.print(f"Wrote {destination} ({tables.megabytes(checkpoints.directory_bytes(destination))})")
     out.print(_next(source, destination), markup=False, soft_wrap=True)
 
@@ -221,6 +217,27 @@ def _first_of_processes() -> bool:
     first = bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
     out.quiet = err.quiet = not first
     return first
+
+
+def _windows(
+    model: "transformers.PreTrainedModel",
+    plan: "Plan | None",
+    budget: dict[str, Any],
+    init: str,
+    free: bool,
+) -> int | None:
+    """Of calibration text: what matrices need that are fitted to it, a few to choose a layout.
+
+    None: no text is read.
+    """
+    from krony.compression import layout, needed
+
+    if plan is None:
+        return needed.of_target(model, budget["target"])
+    if init == words.DATA:
+        return needed.of_plan(model, plan)
+    turned = free and init != "random" and layout.two_sided(model, plan)
+    return layout.WINDOWS if turned else None
 
 
 def _budget(
@@ -245,141 +262,6 @@ def _budget(
     }
 
 
-def _check_any(*ways: Any) -> None:
-    if not any(ways):
-        raise KronyError(
-            "say how small: --size 60% of the whole model, or --budget, --flops, --scheme, "
-            "--shape, --small, --plan"
-        )
-
-
-def _check_one_way(
-    plan_file: Path | None, budget: dict[str, Any], shaped: str | None, detailed: Any
-) -> None:
-    if (plan_file is not None) + bool(budget) + bool(shaped) > 1:
-        raise KronyError(
-            "give a plan, a budget, or a scheme, shape or small shape, not two of them"
-        )
-    if budget and detailed:
-        raise KronyError("a budget finds its own terms and layers; leave those options out")
-
-
-def _tokens(
-    model: "transformers.PreTrainedModel",
-    tokenizer: "transformers.PreTrainedTokenizerBase | None",
-    calibration: str,
-    windows: int | None,
-    target: str,
-    seed: int,
-    bos: str,
-    folder: Path | None = None,
-) -> "torch.Tensor":
-    """Calibration text; what the model takes long to write itself is kept in the work folder."""
-    import torch
-
-    from krony.compression import calibrate
-    from krony.compression.work import Work
-    from krony.hf.families import find_targets
-    from krony.measure import evaluate
-
-    if windows is None:
-        widest = max(max(t.shape) for t in find_targets(model, target) if t.layer is not None)
-        window = min(calibrate.WINDOW, evaluate.context_length(model))
-        windows = calibrate.enough(widest, window)
-
-    def make() -> "torch.Tensor":
-        return calibrate.calibration_windows(
-            calibration, model, tokenizer, windows, seed=seed, bos=bos
-        )
-
-    if folder is None or calibration != calibrate.SELF:
-        return make()
-    work = Work.of(model, torch.empty(0), seed, folder)
-    return work.once(lambda: {"ids": make()}, "text", windows)["ids"]
-
-
-def _find(
-    model: "transformers.PreTrainedModel",
-    tokens: "torch.Tensor",
-    budget: dict[str, Any],
-    seed: int,
-    work: "Work",
-    memory: str | None,
-) -> "BudgetPlan":
-    from krony.compression import limits
-    from krony.compression.budget import make_budget_plan
-    from krony.compression.forecast import forecast
-    from krony.hf.families import find_targets
-    from krony.measure import info
-    from krony.measure.memory import parse_bytes, peak_bytes
-
-    most, started = parse_bytes(memory), time.monotonic()
-    targets = find_targets(model, budget["target"])
-    asked = {key: value for key, value in budget.items() if key != "target"}
-    limits.limits(targets, info.parameters(model), **asked)  # a budget that can't be says so first
-    expected = forecast(model, tokens, targets, most)
-    err.print(
-        f"{tokens.numel():,} tokens of calibration: about {_minutes(expected.seconds)} and "
-        f"{expected.bytes / 1e9:.1f} GB in all, more where sums of Kronecker products win"
-    )
-    with progress_bar() as bar:
-        task = bar.add_task("Planning", total=None)
-        found = make_budget_plan(
-            model,
-            tokens,
-            **budget,
-            seed=seed,
-            progress=lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
-            work=work,
-            memory=most,
-        )
-    err.print(
-        f"Planned in {_minutes(time.monotonic() - started)}, "
-        f"{peak_bytes(model) / 1e9:.1f} GB at most"
-    )
-    return found
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
-
-
-def _curve(
-    model: "transformers.PreTrainedModel",
-    tokens: "torch.Tensor",
-    target: str,
-    objective: str,
-    seed: int,
-    memory: str | None,
-    json_file: Path | None,
-) -> None:
-    from krony.compression.budget import curve_row, make_curve
-    from krony.hf import checkpoints
-    from krony.measure.memory import parse_bytes
-
-    with progress_bar() as bar:
-        task = bar.add_task("Planning", total=None)
-        found = make_curve(
-            model,
-            tokens,
-            CURVE,
-            target=target,
-            objective=objective,
-            seed=seed,
-            progress=lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
-            memory=parse_bytes(memory),
-        )
-    rows = [curve_row(model, point) for point in found]
-    out.print(tables.curve_table(rows))
-    if json_file is not None:
-        checkpoints.write_json(json_file, rows)
-        out.print(f"Wrote {json_file}")
-
-
-def _harm(found: "BudgetPlan") -> str:
-    return f"Predicted harm of this plan: {found.harm:.4f} nats a token."
-
-
 def _next(source: str, destination: Path) -> str:
     """What to do with a compressed model, in commands to copy."""
     dense, small = shlex.quote(source), shlex.quote(str(destination))
@@ -387,30 +269,4 @@ def _next(source: str, destination: Path) -> str:
     return (
         f"Next: krony evaluate {small} --against {dense} measures it; krony heal {small} {healed} "
         f"--teacher {dense} --data TEXT --tokens 2M wins back what was lost"
-    )
-
-
-def _plan(
-    model: "transformers.PreTrainedModel",
-    scheme: str | None,
-    shape: str | None,
-    small: str | None,
-    terms: int,
-    scalars: bool,
-    layers: str | None,
-    target: str | None,
-    layout: Any,
-) -> "Plan":
-    from krony.hf.plan import make_plan, parse_layers, parse_shape
-
-    return make_plan(
-        model,
-        scheme=scheme,
-        shape=parse_shape(shape, "--shape"),
-        small=parse_shape(small, "--small"),
-        terms=terms,
-        scalars=scalars,
-        layers=parse_layers(layers),
-        target=target or "mlp",
-        layout=layout,
     )

@@ -83,9 +83,10 @@ TargetText = Annotated[
 
 # How it is found.
 InitOption = Annotated[
-    words.Init | None,
+    words.Init,
     typer.Option(
-        help="How the factors are found. Default: data with a budget or a size, else van-loan.",
+        help="How the factors are found: data fits them to a text; the others are the paper's, "
+        "by weights alone.",
         rich_help_panel=FOUND,
     ),
 ]
@@ -97,9 +98,11 @@ Objective = Annotated[
     ),
 ]
 LayoutOption = Annotated[
-    words.Layout,
+    words.Layout | None,
     typer.Option(
-        help="small-outer is fast; large-outer is the paper's order.", rich_help_panel=FOUND
+        help="small-outer is fast, large-outer the paper's order. Default: compress takes for "
+        "each matrix what harms less, plan small-outer.",
+        rich_help_panel=FOUND,
     ),
 ]
 Scalars = Annotated[

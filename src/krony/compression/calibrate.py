@@ -153,14 +153,16 @@ def calibration_windows(
     window: int | None = None,
     seed: int = 0,
     bos: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Token ids (windows, window) to calibrate on.
 
     Args:
-        name: any text that `evaluate --data` takes, "python-docstrings" (of the standard library
-            and numpy: a part of what the packaged model was trained on), or "self": text that the
-            model samples, for which no data is needed.
+        name: of a text, see `krony.texts`; a file, a folder or a data set of the Hub; or "self":
+            text that the model samples, for which no data is needed.
         windows: how many, spread evenly over the text.
+        window: tokens in each; None: 512, or the model's context if that is shorter.
+        progress: called with (windows sampled, windows in all) while the model writes its own.
         bos: whether every window starts with the token that begins a text, see `tokens.bos_of`.
     Raises:
         KronyError: no windows, a text shorter than one, or no tokenizer for it.
@@ -169,7 +171,7 @@ def calibration_windows(
     if windows < 1:
         raise KronyError(f"{windows} calibration windows can't be; give at least 1")
     if name == SELF:
-        return sample(model, windows, window, seed)
+        return sample(model, windows, window, seed, progress)
     if tokenizer is None:
         raise KronyError("the model has no tokenizer for a calibration text; use self instead")
     if name == "python-docstrings":
@@ -202,7 +204,13 @@ def calibration_windows(
 
 
 @torch.inference_mode()
-def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tensor:
+def sample(
+    model: PreTrainedModel,
+    windows: int,
+    window: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """Text of the model itself, (windows, window), at temperature 1, seeded.
 
     Drawn from the model's own distribution, the end-of-text token like any other, whatever its
@@ -223,6 +231,8 @@ def sample(model: PreTrainedModel, windows: int, window: int, seed: int) -> Tens
                 begin, attention_mask=torch.ones_like(begin), generation_config=settings
             )
         rows.append(made.cpu())
+        if progress is not None:
+            progress(min(start + 16, windows), windows)
     return torch.cat(rows)
 
 

@@ -4,18 +4,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.compression import factorise
+from krony.compression import calibrate, factorise, needed
 from krony.compression.budget import make_budget_plan
-from krony.compression.calibrate import sample
 from krony.errors import KronyError
+from krony.hf import checkpoints
 from krony.hf.plan import Plan
-from krony.measure import evaluate, info
+from krony.measure import info
 from krony.words import parse_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-WINDOWS = 128
 
 
 def compress(
@@ -23,25 +22,33 @@ def compress(
     plan: Plan | None = None,
     *,
     size: float | int | str | None = None,
-    calibration: Tensor | None = None,
+    init: str = factorise.DATA,
+    calibration: Tensor | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Model:
     """Make a model smaller, in place, and return it.
 
+    The factors are those of least harm to the loss on a calibration text. Where none is given the
+    model writes one itself: 20 tokens for each input of the widest matrix, at least 32,768, which
+    takes minutes on a large model and a CPU. The paper's ways need no text: `init="van-loan"`,
+    "van-loan-scaled", "prune".
+
     Args:
         plan: which matrix gets which factors. Then this is `factorise.compress`, which says what
-            `options` there are (`init`, `moments`, `options`).
+            `options` there are (`moments`, `options`, `work`, `memory`).
         size: of the whole model instead: a share of its parameters (0.6, "60%") or their number
-            (81_000_000, "81M"). What each matrix becomes is found for the least harm, and the
-            factors are fitted to `calibration`.
-        calibration: token ids (windows, window), see `calibration_windows`; None: with a size,
-            text that the model samples.
+            (81_000_000, "81M"). What each matrix becomes is found for the least harm.
+        init: "data", or a key of `INITS`, of a plan that takes no hidden units out.
+        calibration: the name of a text (`krony.texts`), a file or a folder, or token ids (windows,
+            window) as `calibration_windows` makes them; None: "self".
+        tokenizer: for a text; default: the one that lies where the model came from.
         progress: called with (what, steps done, steps in all).
     Raises:
-        KronyError: neither a plan nor a size, or both; a size that can't be; what
-            `factorise.compress` raises.
+        KronyError: neither a plan nor a size, or both; a size that can't be; a text that can't be
+            read; what `factorise.compress` raises.
     """
     if (plan is None) == (size is None):
         raise KronyError(
@@ -49,23 +56,54 @@ def compress(
             "one of the two"
         )
     if plan is not None:
+        if init == factorise.DATA and not isinstance(calibration, Tensor):
+            factorise.checked(model, plan, init)  # before the text, which may take minutes
+            windows = needed.of_plan(model, plan)
+            calibration = _text(model, calibration, tokenizer, windows, seed, progress)
+        elif isinstance(calibration, str):
+            raise KronyError(
+                f"init={init!r} takes no calibration text; leave it out, or init='data'"
+            )
         return factorise.compress(
-            model, plan, calibration=calibration, seed=seed, progress=progress, **options
+            model, plan, init=init, calibration=calibration, seed=seed, progress=progress, **options
         )
     if options:
         raise KronyError(f"{', '.join(options)}: for a plan; a size finds plan and factors itself")
     wanted = parse_size(size, info.parameters(model))
-    if calibration is None:
-        calibration = sample(model, WINDOWS, min(1024, evaluate.context_length(model)), seed)
+    target = "everything"
+    if not isinstance(calibration, Tensor):
+        windows = needed.of_target(model, target)
+        calibration = _text(model, calibration, tokenizer, windows, seed, progress)
     found = make_budget_plan(
-        model, calibration, parameters=wanted, target="everything", seed=seed, progress=progress
+        model, calibration, parameters=wanted, target=target, seed=seed, progress=progress
     )
     return factorise.compress(
         model,
         found.plan,
-        init=factorise.DATA,
+        init=init,
         calibration=calibration,
         moments=found.moments,
         seed=seed,
         progress=progress,
+    )
+
+
+def _text(
+    model: PreTrainedModel,
+    name: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    windows: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Tensor:
+    name = name or calibrate.SELF
+    if name != calibrate.SELF and tokenizer is None:
+        tokenizer = checkpoints.tokenizer_of(model)
+    return calibrate.calibration_windows(
+        name,
+        model,
+        tokenizer,
+        windows,
+        seed=seed,
+        progress=None if progress is None else lambda i, n: progress("Writing a text", i, n),
     )

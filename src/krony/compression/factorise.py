@@ -5,6 +5,7 @@ import difflib
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from krony.compression import calibrate, embedding, streaming, width
 from krony.compression.calibrate import Moments
 from krony.compression.embedding import RowMetric
-from krony.compression.inits import INITS, Terms
+from krony.compression.inits import INITS, Terms, check_prune
 from krony.compression.sequential import DataOptions, Fitted, fit_plan
 from krony.compression.work import Work
 from krony.errors import KronyError
@@ -46,7 +47,7 @@ def compress(
     model: Model,
     plan: Plan,
     *,
-    init: str = "van-loan",
+    init: str = DATA,
     seed: int = 0,
     calibration: Tensor | None = None,
     moments: Mapping[str, Known] | None = None,
@@ -64,55 +65,33 @@ def compress(
     the dtype of the weights.
 
     Args:
-        init: a key of `INITS`, or "data": factors of least harm on a calibration text.
+        init: "data", factors of least harm on a calibration text, or a key of `INITS`.
         seed: for "random", for Van Loan of matrices too large for the exact method, and for the
             labels that "data" samples.
         calibration: token ids (windows, window), needed by "data"; see
             `calibrate.calibration_windows`.
         moments: what `calibrate.calibrate` found on them, if that was done already.
         options: the ingredients of "data"; default: all.
-        progress: called with (name of the matrix, its number from 1, how many).
+        progress: called with (name of the matrix, its number from 1, how many); while "data" reads
+            the text, with ("Calibrating", steps done, steps in all).
         work: where "data" keeps finished stages and looks for them; default: in memory.
         memory: bytes that "data" may take in all; default: 60 % of what is free.
     Raises:
         KronyError: a planned matrix that the model does not have, has in another shape, or with
             NaN or Inf in it; an unknown `init`, or one that the plan's shapes rule out.
     """
-    if init not in (*INITS, DATA):
-        raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
-    check_present(model, "compress the model")
-    ties.settle(model)
-    # One made on another model, or by hand, may take the embedding for tied or for untied.
-    plan = Plan(
-        tuple(
-            replace(m, tied=ties.is_output(model, m.name)) if m.embedding else m
-            for m in plan.matrices
-        )
-    )
+    plan, modules = checked(model, plan, init)
     before = config_of(model)
-    if before is not None:
-        _check_new(plan, Plan.from_dict(before.plan))
-    if init != DATA and any(matrix.narrowed for matrix in plan.matrices):
-        raise KronyError(
-            f"the plan takes hidden units out, and --init {init} does not say which; use --init "
-            f"{DATA}, or a plan with all of them"
-        )
-    if (quantised := quantised_of(model)) is not None:
-        raise KronyError(
-            f"the model is quantised to {quantised.to}; compress it first, then quantise"
-        )
-    everything = dict(model.named_modules())
-    modules = {
-        matrix.name: _dense_module(everything, matrix, type(model).__name__)
-        for matrix in plan.matrices
-    }
     if init == DATA:
         if calibration is None:
             raise KronyError("the data initialisation needs calibration windows; none were given")
         options = options or DataOptions()
         work = work or Work()
         if moments is None:
-            moments = _moments(model, plan, calibration, options, seed, work, memory)
+            told = progress and partial(progress, "Calibrating")
+            moments = moments_of(
+                model, plan, calibration, options.gradients, seed, work, memory, told
+            )
         layers, errors = _by_data(model, plan, calibration, moments, options, work, progress)
     else:
         layers, errors = _by_weights(modules, plan, init, seed, progress)
@@ -131,6 +110,46 @@ def compress(
             install(model, matrix, layers[matrix.name])
     attach(model, KroneckerConfig(plan.to_dict(), provenance))
     return model
+
+
+def checked(model: PreTrainedModel, plan: Plan, init: str) -> tuple[Plan, dict[str, nn.Module]]:
+    """The plan as this model has to take it, and the dense layers that it names.
+
+    Raises:
+        KronyError: what `compress` raises for a model, a plan and an initialisation that don't go
+            together.
+    """
+    if init not in (*INITS, DATA):
+        raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
+    check_present(model, "compress the model")
+    ties.settle(model)
+    # One made on another model, or by hand, may take the embedding for tied or for untied.
+    plan = Plan(
+        tuple(
+            replace(m, tied=ties.is_output(model, m.name)) if m.embedding else m
+            for m in plan.matrices
+        )
+    )
+    if (before := config_of(model)) is not None:
+        _check_new(plan, Plan.from_dict(before.plan))
+    if init != DATA and any(matrix.narrowed for matrix in plan.matrices):
+        raise KronyError(
+            f"the plan takes hidden units out, and --init {init} does not say which; use --init "
+            f"{DATA}, or a plan with all of them"
+        )
+    if (quantised := quantised_of(model)) is not None:
+        raise KronyError(
+            f"the model is quantised to {quantised.to}; compress it first, then quantise"
+        )
+    everything = dict(model.named_modules())
+    modules = {
+        matrix.name: _dense_module(everything, matrix, type(model).__name__)
+        for matrix in plan.matrices
+    }
+    if init == "prune":
+        for matrix in plan.matrices:
+            check_prune(matrix)
+    return plan, modules
 
 
 def _check_new(plan: Plan, before: Plan) -> None:
@@ -223,16 +242,17 @@ def _by_data(
     return layers, errors
 
 
-def _moments(
+def moments_of(
     model: PreTrainedModel,
     plan: Plan,
     windows: Tensor,
-    options: DataOptions,
-    seed: int,
-    work: Work,
-    memory: int | None,
+    gradients: bool = True,
+    seed: int = 0,
+    work: Work | None = None,
+    memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[str, Known]:
-    """Of all that a plan names."""
+    """What the data initialisation needs to know of all that a plan names."""
     exact = calibrate.full_precision(model)
     ends = _ends(exact, plan)
     names = [matrix.name for matrix in plan.matrices if matrix.name not in ends]
@@ -241,8 +261,9 @@ def _moments(
         windows,
         names,
         list(ends.values()),
-        options.gradients,
+        gradients,
         seed,
+        progress,
         work=work,
         memory=memory,
     )

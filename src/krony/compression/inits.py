@@ -51,21 +51,26 @@ def van_loan(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
 def van_loan_scaled(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
     """Van Loan times α = ‖W‖/‖Ŵ‖ (Krony-PT, section III-F); with scalars, s_r = α."""
     found = van_loan(weight, matrix, seed)
-    kept = float(_dense(found, matrix).norm())
+    kept = float(to_dense(found, matrix).norm())
     alpha = float(weight.norm()) / kept if kept > 0 else 1.0
     return [terms.scaled(alpha) for terms in found]
 
 
 def prune(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
     """Keep one row or column of every block, 0.1 of it elsewhere (Krony-PT, section III-G)."""
-    if len(matrix.groups) != 1 or matrix.groups[0].terms != 1:
-        raise KronyError(
-            f"the prune initialisation is one term of one shape, and the plan gives {matrix.name} "
-            f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
-        )
+    check_prune(matrix)
     (factors,) = matrix.groups
     pair = kron.prune(weight, *factors.sides, factors.layout == "small-outer")
     return [Terms.from_layout(factors, *pair)]
+
+
+def check_prune(matrix: MatrixPlan) -> None:
+    """Raise `KronyError` for a plan of more than one term."""
+    if len(matrix.groups) != 1 or matrix.groups[0].terms != 1:
+        raise KronyError(
+            f"the prune initialization is one term of one shape, and the plan gives {matrix.name} "
+            f"{sum(g.terms for g in matrix.groups)}; use one term, or --init van-loan"
+        )
 
 
 def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
@@ -78,7 +83,7 @@ def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
             for side in factors.sides
         )
         found.append(Terms.from_layout(factors, outer.to(weight.device), inner.to(weight.device)))
-    scale = float(weight.norm() / _dense(found, matrix).norm()) ** 0.5
+    scale = float(weight.norm() / to_dense(found, matrix).norm()) ** 0.5
     return [Terms(t.large * scale, t.small * scale, t.scalars) for t in found]
 
 
@@ -92,5 +97,6 @@ INITS: dict[str, Initialisation] = {
 """Initialisations by weights: (weight (m, n) in float64, its plan, seed) to the factors a group."""
 
 
-def _dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
+def to_dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:
+    """The matrix (m, n) that the factors of all groups make together."""
     return kron.sum_to_dense([t.ordered(g) for t, g in zip(found, matrix.groups, strict=True)])

@@ -8,6 +8,7 @@ from krony.hf.loading import (
     load_model,
     load_tokenizer,
     resolve,
+    tokenizer_of,
 )
 from krony.hf.saving import (
     check_destination,
@@ -39,6 +40,7 @@ __all__ = [
     "resolve",
     "save",
     "save_model",
+    "tokenizer_of",
     "write_file",
     "write_json",
     "write_text",

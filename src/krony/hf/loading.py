@@ -286,3 +286,14 @@ def find_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         if any(folder.glob("tokenizer*")) or any(folder.glob("*.model")):
             warnings.warn(f"texts can't be read: {error}", stacklevel=2)
         return None
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies where a model came from.
+
+    Raises:
+        KronyError: the model came from nowhere, or there is none.
+    """
+    if not model.name_or_path:
+        raise KronyError("this model came from no directory, so give its tokenizer too")
+    return load_tokenizer(model.name_or_path)
