@@ -79,12 +79,8 @@ def test_every_command_stands_under_a_heading(run):
 
 def test_compress_ends_with_what_to_do_next(run, tmp_path):
     small = tmp_path / "my small"
-    code, out, err = run(
-        "compress",
-        "demo",
-        small,
-        *("--small", "2x2", "--init", "van-loan", "--layout", "small-outer"),
-    )
+    quick = ["--small", "2x2", "--init", "van-loan", "--layout", "small-outer"]
+    code, out, err = run("compress", "demo", small, *quick)
     assert code == 0, err
     last = out.splitlines()[-1]
     assert last.startswith("Next: krony evaluate ")
