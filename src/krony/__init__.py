@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from krony.hf.modeling import KroneckerConfig, form
     from krony.hf.plan import MatrixPlan, Plan, make_plan
     from krony.maths.schemes import SCHEMES, Factors
-    from krony.measure.evaluate import perplexity
+    from krony.measure.perplexity import perplexity
     from krony.nn.explain import explain
     from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
+    from krony.text.names import texts
 
 __version__ = "0.1.0"
 
@@ -58,11 +59,12 @@ _MODULES = {  # of each public name; the imports above say the same to type chec
     "load_tokenizer": "hf.checkpoints",
     "make_budget_plan": "compression.budget",
     "make_plan": "hf.plan",
-    "perplexity": "measure.evaluate",
+    "perplexity": "measure.perplexity",
     "quantize": "export.quantize",
     "save": "hf.checkpoints",
     "save_model": "hf.checkpoints",
     "slim": "compression.plain",
+    "texts": "text.names",
 }
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "save",
     "save_model",
     "slim",
+    "texts",
 ]
 
 register.install()

@@ -166,8 +166,8 @@ def evaluate_command(
     from krony.hf import checkpoints
     from krony.measure import evaluate
     from krony.measure.memory import keep_memory
+    from krony.measure.perplexity import perplexity
     from krony.text import data
-    from krony.text.tokens import bos_of
 
     keep_memory()
     text = data.load_text(data_name)
@@ -175,17 +175,16 @@ def evaluate_command(
     for name in [source] if against is None else [source, against]:
         model = _load(name, dtype, device)
         tokenizer = checkpoints.load_tokenizer(name)
-        ids = evaluate.tokenize(tokenizer, text, bos)
         with progress_bar() as bar:
             task = bar.add_task(name, total=None)
-            results[name] = evaluate.perplexity(
+            results[name] = perplexity(
                 model,
-                ids,
                 text,
-                window,
-                stride,
-                lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
-                bos_of(tokenizer, bos),
+                tokenizer,
+                window=window,
+                stride=stride,
+                bos=bos,
+                progress=lambda i, n: bar.update(task, completed=i, total=n),  # noqa: B023
             )
     out.print(tables.perplexity_table(results))
     if json_file is not None:
