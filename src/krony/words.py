@@ -15,6 +15,7 @@ Layout = Literal["small-outer", "large-outer"]
 Objective = Literal["size", "decode", "throughput"]
 Recipe = Literal["default", "krony-pt", "lora"]
 Freeze = Literal["none", "dense"]
+Structure = Literal["factored", "plain"]
 Quantity = Literal["int8", "int8-dynamic", "int4"]
 
 TARGETS = ("mlp", "attention", "embedding", "all", "everything")

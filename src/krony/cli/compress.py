@@ -10,6 +10,7 @@ import typer
 from krony import words
 from krony.cli import planning, tables
 from krony.cli.options import Destination, JsonFile, Source, StoredDtype, err, out
+from krony.cli.plain import StructureOption, check_plain, compress_plain
 from krony.cli.shapes import (
     SMALL,
     Calibration,
@@ -119,6 +120,7 @@ def compress_command(
     destination: Destination,
     params: Params = None,
     share: Share = None,
+    structure: StructureOption = "factored",
     flops: Flops = None,
     scheme: Scheme = None,
     shape: ShapeText = None,
@@ -146,7 +148,7 @@ def compress_command(
     dtype: StoredDtype = None,
     seed: Seed = 0,
 ) -> None:
-    """Factor a model and write it to a directory that from_pretrained loads.
+    """Make a model smaller and write it to a directory that from_pretrained loads.
 
     What is finished is kept beside the directory until it is there: after a stop the same command
     goes on. Under `accelerate launch` the processes share the calibration text.
@@ -161,6 +163,17 @@ def compress_command(
     first = _first_of_processes()
     checkpoints.check_destination(destination)
     budget = _budget(share, params, flops, objective, target)
+    if structure == "plain":
+        others = {
+            "--scheme": scheme, "--shape": shape, "--small": small, "--terms": terms != 1,
+            "--scalars": scalars, "--layers": layers, "--layout": layout, "--plan": plan_file,
+            "--init": init != DATA,
+        }  # fmt: skip
+        check_plain(budget, others)
+        text = {"calibration": calibration, "windows": windows, "bos": bos}
+        compress_plain(source, destination, share, params, target, text, seed, memory, dtype)
+        out.print(_next(source, destination), markup=False, soft_wrap=True)
+        return
     planning.check_any(budget, scheme, shape, small, plan_file)
     planning.check_one_way(
         plan_file, budget, scheme or shape or small, terms != 1 or scalars or layers

@@ -374,7 +374,7 @@ def _write(
 
     from krony.healing import curves
     from krony.hf import checkpoints
-    from krony.hf.modeling import config_of
+    from krony.hf.provenance import provenance
     from krony.measure import evaluate
     from krony.text.blocks import describe
 
@@ -389,13 +389,13 @@ def _write(
         "sharded": record.sharded,
         "environment": evaluate.environment(),
     }
-    provenance = config_of(model)
-    if provenance is not None:
-        provenance.provenance["healed"] = {"data": names, **record.settings}
+    known = provenance(model)
+    if known is not None:
+        known["healed"] = {"data": names, **record.settings}
         read = [describe(name) for name in names if name != words.SELF]
-        texts = [*provenance.provenance.get("texts", []), *({**t, "use": "healing"} for t in read)]
+        texts = [*known.get("texts", []), *({**t, "use": "healing"} for t in read)]
         if texts:
-            provenance.provenance["texts"] = texts
+            known["texts"] = texts
 
     def also(folder: Path) -> None:
         checkpoints.write_json(folder / "heal.json", figures)

@@ -79,7 +79,8 @@ def calibration_text(
     return work.once(lambda: {"ids": make()}, "text", windows)["ids"]
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """Seconds as "4.2 minutes", or as "12 seconds"."""
     return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
 
 
@@ -183,7 +184,7 @@ class Job:
         limits.limits(targets, info.parameters(model), **asked)  # what can't be says so first
         expected = forecast(model, tokens, targets, most)
         err.print(
-            f"{tokens.numel():,} tokens of calibration: about {_minutes(expected.seconds)} and "
+            f"{tokens.numel():,} tokens of calibration: about {minutes(expected.seconds)} and "
             f"{expected.bytes / 1e9:.1f} GB in all, more where sums of Kronecker products win"
         )
         with reporting("Planning") as told:
@@ -197,7 +198,7 @@ class Job:
                 memory=most,
             )
         err.print(
-            f"Planned in {_minutes(time.monotonic() - started)}, "
+            f"Planned in {minutes(time.monotonic() - started)}, "
             f"{peak_bytes(model) / 1e9:.1f} GB at most"
         )
         return found

@@ -43,6 +43,17 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
+def sizes_table(before: Any, after: Any) -> Table:
+    """The numbers of two configurations that differ."""
+    made = table("config.json", "number", "before", "now")
+    old, new = before.get_text_config().to_dict(), after.get_text_config().to_dict()
+    for name, value in new.items():
+        was = old.get(name)
+        if isinstance(value, int) and was != value and name in old:
+            made.add_row(name, "the default" if was is None else f"{was:,}", f"{value:,}")
+    return made
+
+
 def factors_text(terms: int, large: Any, small: Any, interpolative: bool = False) -> str:
     """One group of factors, 2 x 1024x256 by 3x3."""
     form = " interpolative" if interpolative else ""

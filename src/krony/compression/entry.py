@@ -1,18 +1,19 @@
 """`krony.compress`: a model made smaller, by a plan or by nothing but a size."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.compression import calibrate, factorise, needed
 from krony.compression.budget import make_budget_plan
+from krony.compression.plain import slim
 from krony.errors import KronyError
 from krony.hf import checkpoints
 from krony.hf.plan import Plan
 from krony.measure import info
-from krony.words import parse_size
+from krony.words import Structure, parse_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -22,6 +23,7 @@ def compress(
     plan: Plan | None = None,
     *,
     size: float | int | str | None = None,
+    structure: Structure = "factored",
     init: str = factorise.DATA,
     calibration: Tensor | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -29,7 +31,8 @@ def compress(
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Model:
-    """Make a model smaller, in place, and return it.
+    """Make a model smaller and return it: in place, but for `structure="plain"`, which makes a new
+    one.
 
     The factors are those of least harm to the loss on a calibration text. Where none is given the
     model writes one itself: 20 tokens for each input of the widest matrix, at least 32,768, which
@@ -41,6 +44,9 @@ def compress(
             `options` there are (`moments`, `options`, `work`, `memory`).
         size: of the whole model instead: a share of its parameters (0.6, "60%") or their number
             (81_000_000, "81M"). What each matrix becomes is found for the least harm.
+        structure: with a size, "factored" (low rank and Kronecker products, in krony's layers) or
+            "plain": an ordinary model of the same architecture with smaller numbers in its
+            configuration, which needs no krony (`slim`).
         init: "data", or a key of `INITS`, of a plan that takes no hidden units out.
         calibration: the name of a text (`krony.texts`), a file or a folder, or token ids (windows,
             window) as `calibration_windows` makes them; None: "self".
@@ -54,6 +60,12 @@ def compress(
         raise KronyError(
             "say how small: give a size (size=0.6 keeps 60 % of the parameters) or a plan, and "
             "one of the two"
+        )
+    if structure not in get_args(Structure):
+        raise KronyError(f"no structure {structure!r}; there are {', '.join(get_args(Structure))}")
+    if structure == "plain" and (plan is not None or init != factorise.DATA):
+        raise KronyError(
+            "a plan and an init are of factors, and a plain model has none; give a size"
         )
     if plan is not None:
         if init == factorise.DATA and not isinstance(calibration, Tensor):
@@ -70,10 +82,14 @@ def compress(
     if options:
         raise KronyError(f"{', '.join(options)}: for a plan; a size finds plan and factors itself")
     wanted = parse_size(size, info.parameters(model))
-    target = "everything"
+    target = "everything" if structure == "factored" else "all"
     if not isinstance(calibration, Tensor):
         windows = needed.of_target(model, target)
         calibration = _text(model, calibration, tokenizer, windows, seed, progress)
+    if structure == "plain":
+        assert wanted is not None
+        made = slim(model, calibration, parameters=wanted, seed=seed, progress=progress)
+        return cast(Model, made)
     found = make_budget_plan(
         model, calibration, parameters=wanted, target=target, seed=seed, progress=progress
     )

@@ -8,32 +8,46 @@ Which mix of the three suits a size best is measured too: those that look best a
 one whose predictions stay nearest to the dense model's, on windows kept for that, is taken.
 
 Moments know a model only near to what it is, so a large cut is made in several, each with moments
-of the model that the last one left.
+of the model that the last one left, brought back to the dense one (settle.py).
 """
 
+import importlib.metadata
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from krony.compression import calibrate, width
-from krony.compression.calibrate import Moments
+from krony.compression import calibrate, factorise
+from krony.compression.removal import Heads, Reader, Units
+from krony.compression.settle import settle
+from krony.compression.work import Tensors, Work
 from krony.errors import KronyError
-from krony.hf.families import blocks, dense_weight, states_and_head
-from krony.hf.smaller import Anatomy, Kept, Sizes, anatomy, columns_of, skipped, smaller
-from krony.maths.fit import Metric
+from krony.hf.families import blocks, dense_weight, find_targets, states_and_head
+from krony.hf.smaller import (
+    Anatomy,
+    Kept,
+    Sizes,
+    anatomy,
+    own_tensors,
+    rebuilt,
+    skipped,
+    smaller,
+)
 from krony.measure import info
+from krony.words import parse_size
 
 CUT = 0.85  # of the parameters of the blocks, about, that one cut leaves
 UNITS = (64, 32, 16, 8, 1)  # a width is a multiple of the first of which it has at least sixteen
-PRICED = 6  # widths whose harm is computed, between them its logarithm is interpolated
 GONE = 4  # blocks, at the most, that one cut takes out
-TRIED = 4  # mixes that are built and measured
+LOOKED_AT = 5  # blocks that are measured for one to go
+TRIED = 6  # mixes that are built and measured
+TAKEN = ("all", "mlp", "attention")
 HELD_OUT = 8  # windows, at the end of those given, on which that is measured
 LOGITS = 2**23  # at a time
 
@@ -45,8 +59,11 @@ def slim(
     windows: Tensor,
     *,
     parameters: int,
+    target: str = "all",
     seed: int = 0,
     progress: Progress | None = None,
+    work: Work | None = None,
+    memory: int | None = None,
 ) -> PreTrainedModel:
     """An ordinary model of the same architecture with at most so many parameters, of least harm.
 
@@ -54,27 +71,32 @@ def slim(
         model: a dense model; it stays as it is.
         windows: token ids (windows, window) to calibrate on; the last eighth only measures.
         parameters: of the whole model.
+        target: what may go: "mlp" hidden units, "attention" heads, "all" both and whole blocks.
         seed: of the labels that calibration samples.
         progress: called with (what, number, how many).
+        work: where finished cuts are kept and looked for; default: in memory.
+        memory: bytes that this may take in all; default: 60 % of what is free.
     Returns:
-        A new model, in the dtype and on the device of the old one.
+        A new model, in the dtype and on the device of the old one. `config.krony` says how it was
+        made.
     Raises:
         KronyError: a size that can't be met, or a model whose configuration can't say it.
     """
     before = info.parameters(model)
-    inner = sum(p.numel() for _, _, block in blocks(model) for p in block.parameters())
+    inner = matrices(model, target)
     if not before - inner < parameters < before:
         raise KronyError(
-            f"a model of {parameters:,} parameters can't be: without any block this one has "
-            f"{before - inner:,}, with all of them {before:,}"
+            f"a model of {parameters:,} parameters can't be: without any of what may go ({target}) "
+            f"this one has {before - inner:,}, with all of it {before:,}"
         )
     if len(windows) < 2:
         raise KronyError("plain models need at least 2 windows, some to calibrate, some to measure")
     held = max(1, min(HELD_OUT, len(windows) // 8))
-    current = calibrate.full_precision(model)
-    judge = Judge(current, windows[-held:])
+    current = dense = calibrate.full_precision(model)
+    judge = Judge(dense, windows[-held:])
     wanted = (inner - before + parameters) / inner
     cuts = max(1, math.ceil(math.log(wanted) / math.log(CUT)))
+    work, origin = work or Work(), list(range(len(blocks(model))))
     for number in range(1, cuts + 1):
         goal = before - inner + int(inner * wanted ** (number / cuts))
 
@@ -82,8 +104,54 @@ def slim(
             if progress is not None:
                 progress(f"{what} (cut {number} of {cuts})", i, n)
 
-        current = _cut(current, windows[:-held], judge, goal, seed + number, told)
-    return current.to(model.dtype)  # type: ignore[arg-type]
+        cut = _Cut(current, dense, origin, windows[:-held], judge, target, seed + number, told)
+        current, origin = cut.done(goal, work.about(current, windows, seed + number), memory)
+    made = current.to(model.dtype)  # type: ignore[arg-type]
+    text = vars(windows).get("text")
+    made.config.krony = {
+        "structure": "plain",
+        "version": importlib.metadata.version("krony"),
+        "seed": seed,
+        "parameters": {"before": before, "after": info.parameters(made)},
+        "blocks": origin,
+        "texts": [] if text is None else [{**text, "use": "calibration"}],
+    }
+    return made
+
+
+def parameters_of(
+    model: PreTrainedModel,
+    target: str = "all",
+    *,
+    share: float | None = None,
+    size: float | int | str | None = None,
+) -> int:
+    """Parameters of the whole model that a size means, or a share of the matrices that may lose
+    some.
+
+    Raises:
+        KronyError: both or neither, or what can't be.
+    """
+    if (share is None) == (size is None):
+        raise KronyError("give a budget as a share or as the size of the model, one of the two")
+    before, inner = info.parameters(model), matrices(model, target)
+    if share is None:
+        wanted = parse_size(size, before)
+        assert wanted is not None
+        return wanted
+    if not 0 < share < 1:
+        raise KronyError(f"a budget of {share} is no share; give a number between 0 and 1")
+    return before - math.ceil((1 - share) * inner)
+
+
+def matrices(model: PreTrainedModel, target: str = "all") -> int:
+    """Parameters of the matrices of which a plain model may lose a part. Raises `KronyError`."""
+    if target not in TAKEN:
+        raise KronyError(
+            f"a plain model can lose {', '.join(TAKEN)}, not {target!r}; give one of them, or "
+            "leave the target out"
+        )
+    return sum(math.prod(t.shape) for t in find_targets(model, target))
 
 
 class Judge:
@@ -111,96 +179,6 @@ class Judge:
                 logits = head(mine).float().log_softmax(-1)
                 total += float((wanted.exp() * (wanted - logits)).sum(dtype=torch.float64))
         return total / self._windows.numel()
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A matrix that reads what can be taken out, hidden units or heads, as columns of its own."""
-
-    weight: Tensor
-    metric: Metric
-    mean: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: Any, moments: Moments) -> "Reader":
-        """In float64, where its moments are."""
-        inputs = moments.inputs
-        weight = dense_weight(module).detach().double().to(inputs.device)
-        bias = None if module.bias is None else module.bias.detach().double().to(weight.device)
-        second = inputs.second if bias is None else inputs.covariance
-        return cls(weight, Metric.of(second, moments.gradient, len(weight)), inputs.mean, bias)
-
-    def with_only(self, kept: Tensor) -> tuple[tuple[Tensor, Tensor | None], float]:
-        """The matrix (m, kept) and the bias that do the most with these columns, and the harm."""
-        made = width.compensated(self.weight, self.metric.inputs, kept)
-        lost = self.weight.clone()
-        lost[:, kept] -= made
-        bias = self.bias
-        if bias is not None:
-            bias = bias + self.weight @ self.mean - made @ self.mean[kept]
-        return (made, bias), self.metric.harm(lost)
-
-
-class Units:
-    """The hidden units of one block's MLP, ranked."""
-
-    def __init__(self, reader: Reader, widths: list[int]) -> None:
-        self.reader = reader
-        self.order = width.elimination(reader.weight, reader.metric)
-        picked = sorted({widths[round(i)] for i in _spaced(len(widths), PRICED)})
-        harms = [self.kept(w)[2] for w in picked]
-        self._harms = dict(zip(picked, harms, strict=True))
-
-    def kept(self, hidden: int) -> tuple[Tensor, tuple[Tensor, Tensor | None], float]:
-        """The units of a width, the matrix and bias that read them, and the harm."""
-        units = self.order[-hidden:].sort().values
-        return units, *self.reader.with_only(units)
-
-    def harm(self, hidden: int) -> float:
-        """Of a width, in nats a token."""
-        if hidden >= len(self.order):
-            return 0.0
-        known = sorted(self._harms)
-        low = max((w for w in known if w <= hidden), default=known[0])
-        high = min((w for w in known if w >= hidden), default=known[-1])
-        if low == high:
-            return self._harms[low]
-        part = (hidden - low) / (high - low)
-        logs = [math.log(max(self._harms[w], 1e-300)) for w in (low, high)]
-        return math.exp(logs[0] + part * (logs[1] - logs[0]))
-
-
-class Heads:
-    """The heads of one block's attention: for each (groups, heads of a group) those that stay."""
-
-    def __init__(self, reader: Reader, sizes: Sizes, size: int) -> None:
-        self.reader, self._size = reader, size
-        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
-        members = {
-            g: list(range(g * sizes.heads, (g + 1) * sizes.heads)) for g in range(sizes.groups)
-        }
-        for groups in range(sizes.groups, 0, -1):
-            if groups < sizes.groups:  # the group that costs the least
-                best = min(
-                    members, key=lambda g: self._harm({k: members[k] for k in members if k != g})
-                )
-                members = {g: members[g] for g in members if g != best}
-            fewer = {g: list(own) for g, own in members.items()}
-            self._note(fewer, groups, sizes.heads)
-            for heads in range(sizes.heads - 1, 0, -1):
-                for g in fewer:  # each group loses the head that costs the least
-                    ways = [{**fewer, g: [h for h in fewer[g] if h != out]} for out in fewer[g]]
-                    fewer = min(ways, key=self._harm)
-                self._note(fewer, groups, heads)
-
-    def _note(self, members: dict[int, list[int]], groups: int, heads: int) -> None:
-        stay = torch.tensor([h for g in sorted(members) for h in members[g]])
-        self.kept[groups, heads] = stay, torch.tensor(sorted(members)), self._harm(members)
-
-    def _harm(self, members: dict[int, list[int]]) -> float:
-        stay = [h for g in sorted(members) for h in members[g]]
-        return self.reader.with_only(columns_of(torch.tensor(stay), self._size))[1]
 
 
 @dataclass(frozen=True)
@@ -261,66 +239,138 @@ def _row(layer: Any) -> int:
     return int(dense_weight(layer).shape[1]) + (layer.bias is not None)
 
 
-def _cut(
-    model: PreTrainedModel,
-    windows: Tensor,
-    judge: Judge,
-    goal: int,
-    seed: int,
-    progress: Progress,
-) -> PreTrainedModel:
-    """The model with at most `goal` parameters."""
-    body = anatomy(model)
-    names = [p.mlp.down.name for p in body.parts if p.mlp is not None]
-    if body.sizes.groups:
-        names += [p.attention.output for p in body.parts if p.attention is not None]
-    moments = calibrate.calibrate(
-        model, windows, names, seed=seed, progress=lambda i, n: progress("Calibrating", i, n)
-    )
-    unit = next(u for u in UNITS if u * 16 <= body.sizes.width or u == 1)
-    widths = [w for w in range(unit, body.sizes.width, unit) if 2 * w >= body.sizes.width]
-    units: dict[int, Units] = {}
-    heads: dict[int, Heads] = {}
-    for i, part in enumerate(body.parts):
-        if part.mlp is not None and widths:
-            name = part.mlp.down.name
-            units[i] = Units(Reader.of(model.get_submodule(name), moments[name]), widths)
-        if part.attention is not None and body.sizes.groups:
-            name = part.attention.output
-            reader = Reader.of(model.get_submodule(name), moments[name])
-            heads[i] = Heads(reader, body.sizes, body.head_size)
-        progress("Pricing", i + 1, len(body.parts))
-    del moments
-    gone = _gone(model, windows[-HELD_OUT:], judge)
-    found = _choices(model, body, units, heads, gone, [*widths, body.sizes.width], goal)
-    if not found:
-        raise KronyError(
-            f"no mix of widths, heads and blocks of this {type(model).__name__} has at most "
-            f"{goal:,} parameters; ask for more"
+@dataclass
+class _Cut:
+    """One cut: of `model`, which came from `dense` and has those of its blocks (`origin`)."""
+
+    model: PreTrainedModel
+    dense: PreTrainedModel
+    origin: list[int]
+    windows: Tensor
+    judge: Judge
+    target: str
+    seed: int
+    progress: Progress
+
+    def done(self, goal: int, work: Work, memory: int | None) -> tuple[PreTrainedModel, list[int]]:
+        """The model with at most `goal` parameters, and the dense blocks that are left in it."""
+        body = anatomy(self.model)
+        depends = goal, self.target, self.origin
+        found = work.get("cut", *depends)
+        if found is None:
+            found = self._made(body, goal, work, memory)
+            work.put(found, "cut", *depends)
+        sizes, stay = Sizes(*found.pop(" sizes").tolist()), found.pop(" blocks").tolist()
+        made = rebuilt(self.model, body, sizes, stay, found)
+        return made, [self.origin[i] for i in stay]
+
+    def _made(self, body: Anatomy, goal: int, work: Work, memory: int | None) -> Tensors:
+        names = self._readers(body)
+        moments = factorise.collect(
+            self.model,
+            self.windows,
+            names,
+            [],
+            seed=self.seed,
+            progress=partial(self.progress, "Calibrating"),
+            work=work,
+            memory=memory,
         )
-    best: tuple[float, PreTrainedModel] | None = None
-    for number, choice in enumerate(found[:TRIED], 1):
-        made = smaller(model, body, choice.sizes, _kept(body, choice, units, heads))
-        harm = judge.harm(made)
-        if best is None or harm < best[0]:
-            best = harm, made
-        progress("Measuring", number, min(len(found), TRIED))
-    assert best is not None
-    return best[1]
+        units, heads, widths = self._ranked(body, moments, work)
+        gone = self._gone(GONE if self.target == "all" else 0)
+        found = _choices(self.model, body, units, heads, gone, [*widths, body.sizes.width], goal)
+        if not found:
+            raise KronyError(
+                f"no mix of widths, heads and blocks of this {type(self.model).__name__} has at "
+                f"most {goal:,} parameters; ask for more"
+            )
+        choice = self._best(body, found, units, heads)
+        made = smaller(self.model, body, choice.sizes, _kept(body, choice, units, heads))
+        stay = [i for i in range(body.sizes.blocks) if i not in choice.gone]
+        origin = [self.origin[i] for i in stay]
+        told = partial(self.progress, "Settling")
+        settle(made, self.dense, anatomy(made), origin, self.windows, told)
+        for part in body.parts:
+            work.drop("moments", part.name, [n for n in names if n.startswith(part.name + ".")])
+        size = choice.sizes
+        return {
+            " sizes": torch.tensor([size.width, size.groups, size.heads, size.blocks]),
+            " blocks": torch.tensor(stay),
+            **own_tensors(made),
+        }
+
+    def _readers(self, body: Anatomy) -> list[str]:
+        """Matrices that read what may go."""
+        names = []
+        for part in body.parts:
+            if part.attention is not None and body.sizes.groups and self.target != "mlp":
+                names.append(part.attention.output)
+            if part.mlp is not None and self.target != "attention":
+                names.append(part.mlp.down.name)
+        return names
+
+    def _ranked(
+        self, body: Anatomy, moments: Mapping[str, Any], work: Work
+    ) -> tuple[dict[int, Units], dict[int, Heads], list[int]]:
+        """Rankings of each block, and the widths that can be chosen."""
+        unit = next(u for u in UNITS if u * 16 <= body.sizes.width or u == 1)
+        widths = [w for w in range(unit, body.sizes.width, unit) if 2 * w >= body.sizes.width]
+        units: dict[int, Units] = {}
+        heads: dict[int, Heads] = {}
+
+        def read(name: str) -> Reader:
+            return Reader.of(self.model.get_submodule(name), moments[name])
+
+        for i, part in enumerate(body.parts):
+            if part.attention is not None and part.attention.output in moments:
+                heads[i] = Heads(partial(read, part.attention.output), body.sizes, body.head_size)
+            if part.mlp is not None and widths and part.mlp.down.name in moments:
+                name = part.mlp.down.name
+                units[i] = Units(partial(read, name), widths, name, work)
+            self.progress("Pricing", i + 1, len(body.parts))
+        return units, heads, widths if units else []
+
+    def _best(
+        self,
+        body: Anatomy,
+        found: list[Choice],
+        units: dict[int, Units],
+        heads: dict[int, Heads],
+    ) -> Choice:
+        """The mix whose model is nearest to the dense one, of those that look best."""
+        tried = _of_each_depth(found)[:TRIED]
+        harms = []
+        for number, choice in enumerate(tried, 1):
+            made = smaller(self.model, body, choice.sizes, _kept(body, choice, units, heads))
+            harms.append(self.judge.harm(made))
+            self.progress("Measuring", number, len(tried))
+        return tried[min(range(len(tried)), key=harms.__getitem__)]
+
+    def _gone(self, most: int) -> list[tuple[tuple[int, ...], float]]:
+        """Sets of blocks that can be taken out, from none on, and the harm of each, measured: the
+        next to go is the one of least harm among those of least influence."""
+        order = influence(self.model, self.windows[-HELD_OUT:]).argsort().tolist()
+        most = min(most, len(order) - 1)
+        start, some = self.judge.harm(self.model), list[int]()
+        found: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+        for count in range(1, most + 1):
+            left = [i for i in order if i not in some][:LOOKED_AT]
+            harms = []
+            for out in left:
+                with skipped(self.model, [*some, out]):
+                    harms.append(self.judge.harm(self.model))
+            some.append(left[min(range(len(left)), key=harms.__getitem__)])
+            found.append((tuple(sorted(some)), max(min(harms) - start, 0.0)))
+            self.progress("Measuring blocks", count, most)
+        return found
 
 
-def _gone(
-    model: PreTrainedModel, windows: Tensor, judge: Judge
-) -> list[tuple[tuple[int, ...], float]]:
-    """Sets of blocks that can be taken out, from none on, and the harm of each, measured."""
-    order = influence(model, windows).argsort().tolist()
-    start = judge.harm(model)
-    found: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    for count in range(1, min(GONE, len(order) - 1) + 1):
-        some = tuple(sorted(order[:count]))
-        with skipped(model, list(some)):
-            found.append((some, max(judge.harm(model) - start, 0.0)))
-    return found
+def _of_each_depth(found: list[Choice]) -> list[Choice]:
+    """The best of every number of blocks, then the others: what is predicted of units and heads
+    and what is measured of blocks are not of one scale."""
+    first = {len(choice.gone): choice for choice in reversed(found)}
+    best = sorted(first.values(), key=lambda choice: choice.harm)
+    return [*best, *(choice for choice in found if choice not in best)]
 
 
 @torch.inference_mode()
@@ -388,13 +438,6 @@ def _kept(
             found[i].units, found[i].down, _ = units[i].kept(choice.sizes.width)
         shape = choice.sizes.groups, choice.sizes.heads
         if i in heads and shape != (body.sizes.groups, body.sizes.heads):
-            stay, groups, _ = heads[i].kept[shape]
-            found[i].heads, found[i].groups = stay, groups
-            columns = columns_of(stay, body.head_size)
-            found[i].output = heads[i].reader.with_only(columns)[0]
+            found[i].heads, found[i].groups, _ = heads[i].kept[shape]
+            found[i].output = heads[i].output(shape)
     return found
-
-
-def _spaced(length: int, count: int) -> list[float]:
-    """`count` places from the first of a list to its last."""
-    return [i * (length - 1) / max(count - 1, 1) for i in range(min(count, length))]

@@ -66,7 +66,7 @@ class Fitted:
 
 
 @dataclass
-class _Pairing:
+class Pairing:
     """Moments of the inputs x̃ in the compressed model with the outputs y of the dense one."""
 
     inputs: Inputs
@@ -74,7 +74,7 @@ class _Pairing:
     mean_out: Tensor
 
     @classmethod
-    def zeros(cls, m: int, inputs: Inputs) -> "_Pairing":
+    def zeros(cls, m: int, inputs: Inputs) -> "Pairing":
         where: dict[str, Any] = {"dtype": torch.float64, "device": inputs.device}
         cross = torch.zeros(m, inputs.total.numel(), **where)
         return cls(inputs, cross, torch.zeros(m, **where))
@@ -85,6 +85,12 @@ class _Pairing:
         self.cross += (y.T @ x).double().to(self.inputs.device)
         self.mean_out += y.sum(0, dtype=torch.float64).to(self.inputs.device)
 
+    def add_up(self) -> None:
+        """Make all sums, those of the inputs too, those of all processes."""
+        self.inputs.add_up()
+        together.add_up(self.cross)
+        together.add_up(self.mean_out)
+
 
 def fit_matrix(
     matrix: MatrixPlan,
@@ -93,7 +99,7 @@ def fit_matrix(
     inputs: Inputs,
     gradient: Tensor | None,
     options: DataOptions,
-    pairing: _Pairing | None = None,
+    pairing: Pairing | None = None,
 ) -> Fitted:
     """Factors and bias of least harm for one matrix.
 
@@ -106,21 +112,7 @@ def fit_matrix(
     # Without a bias to absorb the mean, the mean error is an error like any other.
     centred = options.centred and correct
     metric = fit.Metric.of(inputs.weighing(centred), gradient, weight.shape[0])
-    wanted = weight
-    if pairing is not None:
-        cross = pairing.cross / inputs.tokens
-        if bias is not None:  # y holds the dense bias; the weight alone explains the rest
-            cross = cross - torch.outer(bias, inputs.mean)
-        if centred:
-            mean = pairing.mean_out / inputs.tokens
-            if bias is not None:
-                mean = mean - bias
-            cross = cross - torch.outer(mean, inputs.mean)
-        # From the dense weight: where the sample says nothing, nothing changes.
-        moments = inputs.covariance if centred else inputs.second
-        rest = cross - weight @ moments
-        step = torch.cholesky_solve(rest.T, torch.linalg.cholesky(metric.inputs)).T
-        wanted = weight + step
+    wanted = weight if pairing is None else _wanted(weight, bias, pairing, centred, metric.inputs)
     pairs: list[fit.Pair] = []
     harm, dense = 0.0, wanted
     if matrix.groups:
@@ -132,6 +124,39 @@ def fit_matrix(
             goal = pairing.mean_out / inputs.tokens
         bias = goal - dense @ inputs.mean
     return Fitted(pairs, bias, harm, None if matrix.groups else wanted)
+
+
+def _wanted(
+    weight: Tensor, bias: Tensor | None, pairing: Pairing, centred: bool, metric: Tensor
+) -> Tensor:
+    """The matrix (m, n) that comes closest to the outputs: K C⁻¹, from the dense weight, so that
+    where the sample says nothing, nothing changes."""
+    inputs = pairing.inputs
+    cross = pairing.cross / inputs.tokens
+    if bias is not None:  # y holds the dense bias; the weight alone explains the rest
+        cross = cross - torch.outer(bias, inputs.mean)
+    if centred:
+        mean = pairing.mean_out / inputs.tokens
+        if bias is not None:
+            mean = mean - bias
+        cross = cross - torch.outer(mean, inputs.mean)
+    moments = inputs.covariance if centred else inputs.second
+    rest = cross - weight @ moments
+    return weight + torch.cholesky_solve(rest.T, torch.linalg.cholesky(metric)).T
+
+
+def refit(weight: Tensor, bias: Tensor | None, pairing: Pairing) -> tuple[Tensor, Tensor | None]:
+    """The matrix (m, n) and the bias that come closest to the outputs of a pairing.
+
+    Args:
+        weight, bias: where to begin, float64.
+    """
+    inputs, centred = pairing.inputs, bias is not None
+    metric = fit.ridged(inputs.weighing(centred), fit.INPUT_RIDGE)
+    made = _wanted(weight, bias, pairing, centred, metric)
+    if bias is not None:
+        bias = pairing.mean_out / inputs.tokens - made @ inputs.mean
+    return made, bias
 
 
 def fit_plan(
@@ -171,7 +196,7 @@ def fit_plan(
             progress(name, len(done), len(planned))
         return made
 
-    def solve(name: str, layer: nn.Module, pairing: _Pairing | None) -> nn.Module:
+    def solve(name: str, layer: nn.Module, pairing: Pairing | None) -> nn.Module:
         entry, matrix = moments[name], planned[name]
         home = entry.inputs.device
         bias = None if layer.bias is None else layer.bias.detach().double().to(home)  # type: ignore[operator]
@@ -317,7 +342,7 @@ def _pair(
     lift: bool,
     home: torch.device,
     rows: dict[str, Tensor],
-) -> dict[str, _Pairing]:
+) -> dict[str, Pairing]:
     """Moments of the stage's inputs in `work` with its outputs in `dense`, over all batches.
 
     With `lift`, for one matrix that writes to the residual stream, not with its outputs in `dense`
@@ -327,7 +352,7 @@ def _pair(
     """
     originals = {name: dense.get_submodule(name) for name in stage}
     followed = {stage[0]: work.get_submodule(stage[0])}  # all of a stage read the same tensor
-    found: dict[str, _Pairing] = {}
+    found: dict[str, Pairing] = {}
     outputs: dict[str, Tensor] = {}
     first = not after
     for number, (here, there) in enumerate(zip(dense_hidden, hidden, strict=True)):
@@ -348,7 +373,7 @@ def _pair(
             if name in rows:
                 y = y[..., rows[name]]
             if name not in found:
-                found[name] = _Pairing.zeros(y.shape[-1], shared)
+                found[name] = Pairing.zeros(y.shape[-1], shared)
             found[name].add(x, y)
     if found:
         next(iter(found.values())).inputs.add_up()  # which all of them share

@@ -44,6 +44,10 @@ class Work:
         """In a folder, for this model, these calibration tokens and this seed alone."""
         return cls(folder, _digest(model, windows, seed))
 
+    def about(self, model: PreTrainedModel, windows: Tensor, seed: int) -> "Work":
+        """In the same place, for what is found of another model."""
+        return Work() if self.folder is None else Work.of(model, windows, seed, self.folder)
+
     def get(self, stage: str, *depends: Any) -> Tensors | None:
         """What was put there, or None; a file that does not read counts as none."""
         name = self._name(stage, depends)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from krony.errors import KronyError
 from krony.healing import losses
 from krony.hf.families import blocks, states_and_head
+from krony.hf.provenance import dense_blocks
 from krony.hf.replay import captured
 
 
@@ -94,15 +95,18 @@ class Objective:
 def _same_blocks(
     model: PreTrainedModel, teacher: PreTrainedModel
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The blocks of both by name. Raises `KronyError` where they differ in number or width."""
+    """The blocks of both under the names of the model's, those of the teacher that end where the
+    model's do. Raises `KronyError` where they differ in width, or in number and nothing says which
+    were taken out."""
     student, taught = ({name: block for name, _, block in blocks(m)} for m in (model, teacher))
     widths = [m.config.get_text_config().hidden_size for m in (model, teacher)]
-    if not student or student.keys() != taught.keys() or widths[0] != widths[1]:
+    ends = dense_blocks(model, teacher)
+    if not student or ends is None or widths[0] != widths[1]:
         raise KronyError(
             f"features are compared block by block, but the teacher has {len(taught)} blocks of "
             f"width {widths[1]} and the model {len(student)} of {widths[0]}; use the loss kl"
         )
-    return student, taught
+    return student, {name: taught[end] for name, end in zip(student, ends, strict=True)}
 
 
 def _flat(hidden: Tensor) -> Tensor:

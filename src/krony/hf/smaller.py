@@ -203,20 +203,46 @@ def smaller(
     for index, what in kept.items():
         _cut(state, model, body, body.parts[index], what)
     state = _renumbered(state, body, sorted(kept))
+    made = _built(model, config, state, sizes)
+    _compare(model, made, body, kept)
+    return made
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All that a model's state consists of, what is tied once."""
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if (place := (tensor.data_ptr(), tensor.shape)) not in seen:
+            state[name] = tensor
+            seen.add(place)
+    return state
+
+
+@torch.no_grad()
+def rebuilt(
+    model: PreTrainedModel, body: Anatomy, sizes: Sizes, stay: list[int], state: dict[str, Tensor]
+) -> PreTrainedModel:
+    """The ordinary model of these sizes and with those blocks, from its own tensors."""
+    return _built(model, _config(model, body, sizes, stay), state, sizes)
+
+
+def _built(
+    model: PreTrainedModel, config: Any, state: dict[str, Tensor], sizes: Sizes
+) -> PreTrainedModel:
     with no_init_weights():
         made: Any = type(model)(config).to(model.dtype)  # type: ignore[arg-type]
-    wrong = [n for n, p in made.state_dict().items() if n not in state or state[n].shape != p.shape]
+    made.tie_weights()  # without initialisation nothing has done so
+    wanted = own_tensors(made)
+    wrong = [n for n, p in wanted.items() if n not in state or state[n].shape != p.shape]
     if wrong:
         raise KronyError(
             f"the configuration of {type(model).__name__} can't say {sizes}: {wrong[0]} would have "
             "another shape; use krony.compress"
         )
-    made.load_state_dict({n: state[n].clone() for n in made.state_dict()}, strict=True)
+    made.load_state_dict({n: state[n].clone() for n in wanted}, strict=False)
     made.tie_weights()
     made.generation_config = copy.deepcopy(model.generation_config)
-    made = made.to(model.device).train(model.training)
-    _compare(model, made, body, kept)
-    found: PreTrainedModel = made
+    found: PreTrainedModel = made.to(model.device).train(model.training)
     return found
 
 

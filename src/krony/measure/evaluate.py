@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from krony.errors import KronyError
 from krony.hf import families
-from krony.hf.modeling import config_of
+from krony.hf.provenance import provenance
 from krony.text import tokens as tokens_of
 from krony.text.data import Text
 
@@ -187,10 +187,9 @@ def perplexity(
 
 def _seen(model: PreTrainedModel, text: Text | None) -> str | None:
     """What the model was made on, if it was this text; also said in a warning."""
-    config = config_of(model)
-    if config is None or text is None:
+    if text is None:
         return None
-    for record in config.provenance.get("texts", []):
+    for record in (provenance(model) or {}).get("texts", []):
         same = bool(text.sha256) and record.get("sha256") == text.sha256
         if same or record.get("origin") == text.origin:
             use = str(record.get("use"))
