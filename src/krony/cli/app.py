@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from krony.cli.compare import compare_command
 from krony.cli.compress import compress_command, plan_command
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
+from krony.cli.kept import Kept
 from krony.cli.options import (
     MEASURED,
     OUTPUT,
@@ -303,8 +305,14 @@ def _load(
     return checkpoints.load_model(source, wanted, device)
 
 
-def main() -> None:
-    """Run a command; bad input ends in one sentence and exit code 2."""
+def main(clock: Callable[[], float] = time.monotonic) -> None:
+    """Run a command; bad input ends in one sentence and exit code 2.
+
+    Whatever fails after more than a minute says what was kept.
+
+    Args:
+        clock: seconds, of that minute.
+    """
     # krony speaks for itself: transformers' loading bars and hints would bury its output.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -315,11 +323,20 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: err.print(f"krony: {message}", style="yellow")
     # So that whatever is half-written is removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    kept = Kept(clock)
     try:
         app()
     except KronyError as error:
         err.print(f"krony: {error}", style="red", markup=False, soft_wrap=True)
+        kept.tell()
         sys.exit(error.exit_code)
+    except SystemExit as stop:  # also of a signal
+        if stop.code:
+            kept.tell()
+        raise
+    except BaseException:
+        kept.tell()
+        raise
 
 
 if __name__ == "__main__":

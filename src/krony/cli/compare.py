@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony import words
-from krony.cli import tables
+from krony.cli import kept, tables
 from krony.cli.options import (
     MEASURED,
     OUTPUT,
@@ -151,6 +151,7 @@ def compare_command(
         bos=bos,
         seed=seed,
     )
+    kept.keeps(lambda: f"finished cells are kept in {destination}: the same command goes on there")
     with claim(destination), progress_bar() as bar:
         task, cell = bar.add_task("Loading", total=None), ""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from krony import words
-from krony.cli import planning, tables
+from krony.cli import kept, planning, tables
 from krony.cli.options import Destination, JsonFile, Source, StoredDtype, err, out
 from krony.cli.plain import StructureOption, check_plain, compress_plain
 from krony.cli.shapes import (
@@ -72,21 +72,24 @@ def plan_command(
 ) -> None:
     """Show which matrix would get which factors, and what that saves.
 
-    The file that --json writes is what compress --plan reads; with --curve, ten sizes.
+    The file that --json writes is what compress --plan reads; with --curve, ten sizes. Beside it
+    what is finished is kept until it is there: after a stop the same command goes on.
     """
     from krony.compression import needed
-    from krony.compression.work import Work
+    from krony.compression.work import Work, beside
     from krony.hf import checkpoints
     from krony.measure import info
 
-    def text(target: str) -> "torch.Tensor":
+    folder = None if json_file is None else beside(json_file)
+    kept.keeps(kept.unless_json if folder is None else kept.work(folder))
+    work = Work()
+
+    def read(target: str) -> "tuple[torch.Tensor, Work]":
         tokenizer = checkpoints.find_tokenizer(source)
         number = needed.of_target(model, target) if windows is None else windows
-        return planning.calibration_text(
-            model, tokenizer, calibration, number, seed, bos, work.folder
-        )
+        tokens = planning.calibration_text(model, tokenizer, calibration, number, seed, bos, folder)
+        return tokens, work if folder is None else Work.of(model, tokens, seed, folder)
 
-    work = Work()
     budget = _budget(share, params, flops, None if curve else objective, target)
     planning.check_any(budget, scheme, shape, small, curve)
     planning.check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
@@ -95,12 +98,13 @@ def plan_command(
         if budget:
             raise KronyError("--curve tries ten sizes; leave the budget out")
         among, aim = target or "mlp", objective or "size"
-        tokens = text(among)
+        tokens, work = read(among)
         planning.show_curve(model, tokens, among, aim, seed, memory, json_file, work)
+        work.remove()
         return
     if budget:
         budget["parameters"] = words.parse_size(budget["parameters"], info.parameters(model))
-        tokens = text(budget["target"])
+        tokens, work = read(budget["target"])
         found = planning.Job(model, tokens, words.DATA, seed, work, memory).within_budget(budget)
         plan = found.plan
     else:
@@ -112,6 +116,7 @@ def plan_command(
         out.print(planning.harm(found))
     if json_file is not None:
         checkpoints.write_text(json_file, plan.to_json())
+        work.remove()
         out.print(f"Wrote {json_file}")
 
 
@@ -196,6 +201,8 @@ def compress_command(
     if needs is not None:
         # What by weights two layouts are compared on is written anew in seconds.
         folder = beside(destination) if init == DATA or budget else None
+        if folder is not None:
+            kept.keeps(kept.work(folder))
         number = needs if windows is None else windows
         tokens = planning.calibration_text(model, tokenizer, calibration, number, seed, bos, folder)
         work = Work() if folder is None else Work.of(model, tokens, seed, folder)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from krony import words
+from krony.cli import kept
 from krony.cli.options import (
     MACHINE,
     OUTPUT,
@@ -239,6 +240,7 @@ def heal_command(
     state = _processes(device)
     checkpoints.check_destination(destination)
     run = destination.with_name(destination.name + ".run")
+    kept.keeps(kept.run(run))
     config = HealConfig(
         tokens=parse_count(tokens, "--tokens") or 0,
         recipe=recipe,
@@ -290,7 +292,7 @@ def heal_command(
             bar.update(task, description=what, completed=step, total=steps)
             # In a file, a line at each evaluation, the second call at a step, instead of the bar.
             if bar.disable and step == latest:
-                out.print(f"step {step} of {steps}: {what}")
+                err.print(f"krony: step {step} of {steps}: {what}", markup=False, soft_wrap=True)
             latest = step
 
         record = heal(

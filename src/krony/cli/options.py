@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,6 +131,7 @@ class Told(Progress):
     """A bar, and where the error stream is no terminal a line a minute instead."""
 
     every = 60.0  # seconds
+    clock: Callable[[], float] = time.monotonic
     total: float | None = None  # of the stage; another one, or less done, is another stage
     first = latest = began = said = 0.0
 
@@ -144,7 +146,7 @@ class Told(Progress):
         self._tell(self.tasks[task_id])
 
     def _tell(self, task: Task) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if task.total != self.total or task.completed < self.latest or not self.began:
             self.total, self.first, self.began = task.total, task.completed, now
             self.said = self.said or now
@@ -168,9 +170,9 @@ class Told(Progress):
         return ", ".join([*parts, f"peak memory {peak_resident_bytes() / 1e9:.1f} GB"])
 
 
-def progress_bar() -> Told:
-    """A bar on the error stream; a line a minute where that is no terminal."""
-    return Told(
+def progress_bar(clock: Callable[[], float] = time.monotonic) -> Told:
+    """A bar on the error stream; a line a minute, by that clock, where that is no terminal."""
+    bar = Told(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -179,3 +181,5 @@ def progress_bar() -> Told:
         transient=True,
         disable=not err.is_terminal,
     )
+    bar.clock = clock
+    return bar
