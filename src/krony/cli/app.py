@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from krony import words
 from krony.cli import tables
 from krony.cli.bench import bench_command
 from krony.cli.compare import compare_command
 from krony.cli.compress import compress_command, plan_command
+from krony.cli.evaluate import evaluate_command, load_to_run
 from krony.cli.export import export_command, quantize_command
 from krony.cli.heal import heal_command
 from krony.cli.kept import Kept
@@ -26,12 +26,9 @@ from krony.cli.options import (
     MEASURED,
     OUTPUT,
     TEXT,
-    Against,
-    Bos,
     Command,
     Device,
     Group,
-    JsonFile,
     PrintJson,
     RunDtype,
     Source,
@@ -44,7 +41,7 @@ from krony.errors import KronyError
 from krony.maths import schemes
 
 if TYPE_CHECKING:
-    import transformers
+    pass
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
@@ -78,6 +75,7 @@ command("quantize", SMALLER, "demo small-int8 --to int8")(quantize_command)
 command(
     "compare", MEASURE, "demo --budget 0.8 --calibration python-docstrings --data python-docs -o c"
 )(compare_command)
+command("evaluate", MEASURE, "small --against demo --data python-docs")(evaluate_command)
 command("bench", MEASURE, "small --against demo")(bench_command)
 command("export", ELSEWHERE, "small small-onnx --to onnx")(export_command)
 command("verify", ELSEWHERE, "small")(verify_command)
@@ -138,64 +136,6 @@ def schemes_command(
         out.print(paper)
 
 
-@command("evaluate", MEASURE, "small --against demo --data python-docs")
-def evaluate_command(
-    source: Source,
-    against: Against = None,
-    data_name: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="TEXT",
-            help=f"{', '.join(words.TEXTS)}, a file, a folder, or owner/set:name:split.",
-            rich_help_panel=TEXT,
-        ),
-    ] = "wikitext2",
-    window: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Default: 1024, or the context.", rich_help_panel=TEXT),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Default: the window.", rich_help_panel=TEXT),
-    ] = None,
-    dtype: RunDtype = None,
-    device: Device = None,
-    bos: Bos = "auto",
-    json_file: JsonFile = None,
-) -> None:
-    """Perplexity on a text, token-weighted, with its protocol."""
-    from krony.hf import checkpoints
-    from krony.measure import evaluate
-    from krony.measure.memory import keep_memory
-    from krony.measure.perplexity import perplexity
-    from krony.text import data
-
-    keep_memory()
-    text = data.load_text(data_name)
-    results = {}
-    for name in [source] if against is None else [source, against]:
-        model = _load(name, dtype, device)
-        tokenizer = checkpoints.load_tokenizer(name)
-        with progress_bar() as bar:
-            task = bar.add_task(name, total=None)
-            results[name] = perplexity(
-                model,
-                text,
-                tokenizer,
-                window=window,
-                stride=stride,
-                bos=bos,
-                progress=lambda i, n: bar.update(task, completed=i, total=n),  # noqa: B023
-            )
-    out.print(tables.perplexity_table(results))
-    if json_file is not None:
-        figures = {name: result.to_dict() for name, result in results.items()}
-        record = {"environment": evaluate.environment(), "results": figures}
-        checkpoints.write_json(json_file, record)
-        out.print(f"Wrote {json_file}")
-
-
 @command("generate", LOOK, "demo 'Return the number of' --max-new-tokens 20")
 def generate_command(
     source: Source,
@@ -217,7 +157,7 @@ def generate_command(
     from krony.hf import checkpoints
     from krony.measure import evaluate
 
-    model, tokenizer = _load(source, dtype, device), checkpoints.load_tokenizer(source)
+    model, tokenizer = load_to_run(source, dtype, device), checkpoints.load_tokenizer(source)
     text = evaluate.generate(model, tokenizer, prompt, max_new_tokens, temperature, seed)
     out.print(text, markup=False, soft_wrap=True)
 
@@ -243,7 +183,7 @@ def info_command(
     if explain:
         from krony.nn.explain import explain as explain_model
 
-        rows = explain_model(_load(source, None, None), tokens)
+        rows = explain_model(load_to_run(source, None, None), tokens)
         if as_json:
             print(json.dumps([asdict(row) for row in rows], indent=2))
         else:
@@ -288,21 +228,6 @@ def demo_command(
     for row in record["rows"]:
         out.print(f"  {row['name']}: {row['text']!r}", markup=False, soft_wrap=True)
     out.print(f"\nWrote {output / 'demo.json'} and {output / 'demo.png'}")
-
-
-def _load(
-    source: str, dtype: words.Dtype | None, device: str | None
-) -> "transformers.PreTrainedModel":
-    import torch
-
-    from krony.hf import checkpoints
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is not None:
-        return checkpoints.load_model(source, checkpoints.DTYPES[dtype], device)
-    # Half precision on a CPU is slow or coarse, by kernel: measure in float32 there.
-    wanted = torch.float32 if device == "cpu" else None
-    return checkpoints.load_model(source, wanted, device)
 
 
 def main(clock: Callable[[], float] = time.monotonic) -> None:

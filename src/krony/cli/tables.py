@@ -248,6 +248,10 @@ def explain_table(rows: list["Row"], tokens: int) -> Table:
     return made
 
 
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else number(value)
+
+
 def perplexity_table(results: dict[str, "Perplexity"]) -> Table:
     """A row a model, all on one text."""
     first = next(iter(results.values()))
@@ -258,6 +262,8 @@ def perplexity_table(results: dict[str, "Perplexity"]) -> Table:
         "perplexity",
         "nats a token",
         "chunk mean",
+        "a word",
+        "bits a byte",
         "against the first",
         "dtype",
         "seconds",
@@ -268,6 +274,8 @@ def perplexity_table(results: dict[str, "Perplexity"]) -> Table:
             number(result.perplexity),
             f"{result.nats:.4f}",
             "-" if result.chunk_mean is None else number(result.chunk_mean),
+            _or_dash(result.word_perplexity),
+            _or_dash(result.bits_per_byte),
             f"{result.perplexity / first.perplexity:.3f}x",
             result.dtype,
             f"{result.seconds:.1f}",

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,11 @@ class Comparison:
         self.texts = {}
         for name in settings.texts:
             text = data.load_text(name)
-            ids = evaluate.tokenize(self.tokenizer, text, settings.bos)[: settings.evaluated]
+            ids = evaluate.tokenize(self.tokenizer, text, settings.bos)
+            if settings.evaluated is not None and settings.evaluated < len(ids):
+                ids = ids[: settings.evaluated]
+                part = self.tokenizer.decode(ids, skip_special_tokens=True)
+                text = replace(text, text=str(part))
             self.texts[text.name] = (name, text, ids)
         _keep(folder, settings)
 

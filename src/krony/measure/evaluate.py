@@ -1,6 +1,7 @@
 """Perplexity, with its protocol written down."""
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +37,11 @@ class Perplexity:
         chunk_mean: exp of the unweighted mean over windows of the mean loss, the figure in the
             paper's tables; only under "krony-pt".
         nats: mean loss in nats a token.
-        tokens: length of the text.
+        tokens: length of the text, without BOS.
         predicted: tokens that were predicted.
         seen: "calibration" or "healing", if the model was made on this very text.
+        words, bytes: of the text, words between white space as lm-eval counts them. Tokens that no
+            window predicts count with the mean loss of the others.
     """
 
     data: str
@@ -55,10 +58,23 @@ class Perplexity:
     dtype: str
     seconds: float
     seen: str | None = None
+    words: int | None = None
+    bytes: int | None = None
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp of the nats a word: what models with unlike tokenizers can be compared by."""
+        return _exp(self.nats * self.tokens / self.words) if self.words else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits of loss a byte of UTF-8."""
+        return self.nats * self.tokens / self.bytes / math.log(2) if self.bytes else None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return asdict(self)
+        derived = {"word_perplexity": self.word_perplexity, "bits_per_byte": self.bits_per_byte}
+        return {**asdict(self), **derived}
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, bos: str = "auto") -> Tensor:
@@ -110,7 +126,8 @@ def perplexity(
 
     Args:
         ids: token ids of the text, (T,).
-        text: for the record, and to say whether the model was made or healed on it.
+        text: for the record, to say whether the model was made or healed on it, and for the
+            figures by word and byte.
         window: tokens the model sees at once; default 1024, or its context if that is shorter.
         stride: tokens from one window to the next; default: the window.
         progress: called with (windows done, windows in all).
@@ -131,7 +148,6 @@ def perplexity(
         raise KronyError(
             f"a stride of {stride} tokens can't be: it goes from 1 to the window, {window}"
         )
-    count = len(ids)
     if bos is not None:
         ids = ids[1:] if len(ids) and int(ids[0]) == bos else ids
         window, stride = window - 1, max(1, stride - (stride == window))
@@ -173,7 +189,7 @@ def perplexity(
         protocol=("krony-pt" if disjoint else "sliding") + ("" if bos is None else " with BOS"),
         window=window + (bos is not None),
         stride=stride,
-        tokens=count,
+        tokens=len(ids),
         predicted=predicted,
         windows=len(spans),
         nats=nats,
@@ -182,6 +198,8 @@ def perplexity(
         dtype=str(model.dtype).removeprefix("torch."),
         seconds=time.perf_counter() - started,
         seen=seen,
+        words=len(re.split(r"\s+", text.text)) if text else None,
+        bytes=len(text.text.encode()) if text else None,
     )
 
 
