@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 import krony
 import methods
 from krony.cli.tables import factors_text, narrowed_text
+from krony.compare.lowrank import low_rank_plan
 from krony.compression import calibrate, width
 from krony.compression.budget import Prices, make_plan_of, price
 from krony.compression.factorise import DATA
@@ -94,7 +95,9 @@ class Bench:
             found += make_plan_of(prices.targets, chosen).matrices
         return krony.Plan(found)
 
-    def measure(self, plan: krony.Plan, init: str, options: DataOptions | None = None) -> dict:
+    def measure(
+        self, plan: krony.Plan, init: str, options: DataOptions | None = None
+    ) -> dict[str, Any]:
         """Compress, evaluate; a JSON-ready row."""
         model, started = self.model(), time.perf_counter()
         krony.compress(
@@ -246,7 +249,7 @@ def prediction(bench: Bench, plans: int, seed: int = 0) -> dict[str, Any]:
                 rank = int(share * target.shape[0] * target.shape[1] / sum(target.shape))
                 harm += float(prices[rank])
                 chosen.append((target, rank))
-        plan = methods.low_rank_plan([t for t, _ in chosen], [rank for _, rank in chosen])
+        plan = low_rank_plan([t for t, _ in chosen], [rank for _, rank in chosen])
         row = bench.measure(plan, DATA, DataOptions(sequential=False))
         points.append(
             {"predicted": harm, "measured": float(np.log(row["topics"]["against_dense"]))}

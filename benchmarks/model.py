@@ -65,7 +65,8 @@ def build(name: str, layers: int, context: int) -> transformers.PreTrainedModel:
     made = dict(MODELS[name] or {})
     hidden = made.pop("hidden", 4 * transformers.GPT2Config().n_embd)
     config = transformers.GPT2Config(n_layer=layers, n_positions=context, n_inner=hidden)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config)
+    model.eval()
     if "found" in made:
         _found(model, FOUND[made["found"]])
     elif "rank" in made:

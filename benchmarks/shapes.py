@@ -98,7 +98,8 @@ def build(
     torch.manual_seed(seed)
     with torch.device(device):
         config = configure(layers or blocks, fewer)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.eval()
         if "small" in how:
             plan = krony.make_plan(model, small=how["small"], terms=how.get("terms", 1))
             krony.compress(model, plan, init="random", seed=seed)
@@ -108,7 +109,9 @@ def build(
             activations.fuse(model)
             if fewer:  # what loading a model that a budget narrowed does
                 mlp.install(model, [t.name for t in find_targets(model, "mlp")])
-    return model.to(device=device, dtype=dtype).eval()
+    placed: Any = model
+    placed.to(device=device, dtype=dtype)
+    return model
 
 
 def low_rank(model: PreTrainedModel, share: float) -> Plan:

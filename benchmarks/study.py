@@ -231,7 +231,8 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
     """A dense copy of a factored model, equal up to rounding and faster on long texts."""
     if not hasattr(model, "hf_quantizer"):
         return model
-    return copy.deepcopy(model).dequantize()
+    dense: PreTrainedModel = copy.deepcopy(model).dequantize()
+    return dense
 
 
 def inference_speed(model: PreTrainedModel, window: int, dtype: str) -> dict[str, float]:

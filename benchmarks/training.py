@@ -77,7 +77,8 @@ def model_of(kind: str, options: argparse.Namespace, device: torch.device) -> Pr
     if kind in KRON_KINDS:
         for name, layer in linear_children(made):
             made.set_submodule(name, FormedByKron(layer, KRON_KINDS[kind]))
-    return made.train()
+    made.train()
+    return made
 
 
 class Step:

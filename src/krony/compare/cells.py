@@ -165,7 +165,8 @@ class Comparison:
             }
         except Stopped:
             raise
-        except (KronyError, torch.linalg.LinAlgError) as error:  # an answer like any other
+        # An answer like any other.
+        except (KronyError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             row["refused"] = str(error)
             return row
         finally:

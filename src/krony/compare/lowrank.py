@@ -118,7 +118,8 @@ def whitening(evidence: Evidence, target: Target) -> Tensor:
     """SVD-LLM's: a lower triangular root of the second moment of the inputs."""
     entry = evidence.moments[target.name]
     assert isinstance(entry, Moments)
-    return torch.linalg.cholesky(fit.ridged(entry.inputs.second, fit.INPUT_RIDGE))
+    found: Tensor = torch.linalg.cholesky(fit.ridged(entry.inputs.second, fit.INPUT_RIDGE))
+    return found
 
 
 def _floored(scale: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def ranked(rows: list[Row], text: str) -> list[str]:
     """Titles of methods, the best first: by perplexity at the size where most of them stand."""
 
     def key(title: str) -> float:
-        found = [latest(row)[text]["nats"] for row in rows if row["title"] == title]
+        found = [float(latest(row)[text]["nats"]) for row in rows if row["title"] == title]
         return sum(found) / len(found)
 
     return sorted(dict.fromkeys(row["title"] for row in rows), key=key)

@@ -57,7 +57,8 @@ def magnitude(evidence: Evidence, share: float) -> PreTrainedModel:
     """By the weights alone."""
 
     def score(name: str) -> Tensor:
-        return _weight(evidence, name).norm(dim=0)
+        norms: Tensor = _weight(evidence, name).norm(dim=0)
+        return norms
 
     return _uniform(evidence, share, _by_columns(evidence, score))
 

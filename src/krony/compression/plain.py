@@ -106,7 +106,7 @@ def slim(
 
         cut = _Cut(current, dense, origin, windows[:-held], judge, target, seed + number, told)
         current, origin = cut.done(goal, work.about(current, windows, seed + number), memory)
-    made = current.to(model.dtype)  # type: ignore[arg-type]
+    made: PreTrainedModel = current.to(model.dtype)  # type: ignore[arg-type]
     text = vars(windows).get("text")
     made.config.krony = {
         "structure": "plain",

@@ -93,7 +93,7 @@ def needs(model: PreTrainedModel, windows: Tensor, names: list[str]) -> int:
     widest = max(max(dense_weight(model.get_submodule(name)).shape) for name in names)
     stored = sum(p.numel() * (4 + p.element_size() % 4) for p in model.parameters())
     at_once = calibrate.batch_of(windows) * windows.shape[1]
-    hidden = 4 * windows.numel() * model.config.get_text_config().hidden_size
+    hidden = 4 * windows.numel() * int(model.config.get_text_config().hidden_size)
     return PROGRAM + stored + 8 * 12 * widest**2 + 4 * 24 * at_once * widest + 3 * hidden
 
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from krony.compression.calibrate import Inputs, Moments, full_precision
 from krony.compression.work import Work
 from krony.errors import KronyError
-from krony.hf.families import MLP, PROBE, dense_weight
+from krony.hf.families import MLP, dense_weight
 from krony.hf.modeling import Plain, plain_layer, sharing
 from krony.hf.plan import MatrixPlan, Plan
+from krony.hf.probes import PROBE
 from krony.maths.fit import Metric
 
 STEP = 64  # one in so many of the units goes before P is brought up to date everywhere
@@ -81,7 +82,8 @@ def _greedy(inverse: Tensor, columns: Tensor, count: int) -> Tensor:
 def compensated(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
     """The matrix (m, kept) that does most nearly, on these inputs, what (m, n) does."""
     cross = inputs[kept] @ weight.T
-    return torch.linalg.solve(inputs[kept][:, kept], cross).T
+    found: Tensor = torch.linalg.solve(inputs[kept][:, kept], cross)
+    return found.T
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,8 @@ def can_narrow(model: PreTrainedModel, mlp: MLP) -> bool:
     layers: dict[str, Any] = {t.name: model.get_submodule(t.name) for t in mlp.targets}
 
     def logits() -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
 
     def masked(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         mask = torch.zeros(hidden, dtype=arguments[0].dtype, device=arguments[0].device)

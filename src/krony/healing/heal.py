@@ -263,7 +263,7 @@ def _recipe(model: PreTrainedModel, config: HealConfig) -> Recipe:
 
 def _batch(stage: Stage, config: HealConfig, window: int) -> int:
     """Blocks in an optimiser step, a multiple of the number of processes."""
-    world = PartialState().num_processes
+    world = int(PartialState().num_processes)
     blocks = (config.batch_tokens or stage.batch_tokens) // window
     return max(1, blocks // world) * world
 

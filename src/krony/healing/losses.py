@@ -6,7 +6,7 @@ tokens that are computed again in the backward pass, so that logits are never he
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def parse(text: str) -> tuple[str, ...]:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in nats: logits (N, V), labels (N,)."""
-    loss: Tensor = _WithGradient.apply(logits, _cross_entropy, labels)
+    loss: Tensor = cast(Any, _WithGradient).apply(logits, _cross_entropy, labels)
     return loss
 
 
@@ -45,7 +45,9 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
     The square keeps the size of the gradient when the temperature changes. The teacher gets none.
     """
-    loss: Tensor = _WithGradient.apply(logits, partial(_kl, temperature=temperature), teacher)
+    loss: Tensor = cast(Any, _WithGradient).apply(
+        logits, partial(_kl, temperature=temperature), teacher
+    )
     return loss
 
 

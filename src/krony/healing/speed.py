@@ -34,4 +34,4 @@ def flops_per_token(model: PreTrainedModel, objective: Objective, window: int) -
         objective(model, ids)["loss"].backward()
     model.zero_grad()
     model.train(training)
-    return counter.get_total_flops() / window
+    return float(counter.get_total_flops()) / window

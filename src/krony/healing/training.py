@@ -167,8 +167,9 @@ class HealTrainer(Trainer):
         return self.optimizer
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        trainer: Any = super()
         with ends_together(self.model) if self.is_fsdp_enabled else nullcontext():
-            return super()._prepare_for_training(*arguments, **options)
+            return trainer._prepare_for_training(*arguments, **options)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -178,7 +179,8 @@ class HealTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Gradients are averaged over processes by now, so that all of them stop, or none.
-        norm = super()._get_grad_norm(model, grad_norm)
+        trainer: Any = super()
+        norm = trainer._get_grad_norm(model, grad_norm)
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(value):
             good = last_checkpoint(Path(str(self.args.output_dir)))

@@ -158,7 +158,8 @@ def load_model(
     fuse(model)
     if device is not None:
         model = model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -120,12 +120,13 @@ def ridged(matrix: Tensor, ridge: float) -> Tensor:
 
 def root(matrix: Tensor) -> Tensor:
     """L with L Lᵀ = matrix: Cholesky, or eigenvectors where rounding made it indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) == 0:
-        return factor
-    values, vectors = torch.linalg.eigh(matrix)
-    floor = values.max().clamp(min=1e-300) * 1e-12
-    return vectors * values.clamp(min=floor).sqrt()
+    found: Tensor
+    found, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) != 0:
+        values, vectors = torch.linalg.eigh(matrix)
+        floor = values.max().clamp(min=1e-300) * 1e-12
+        found = vectors * values.clamp(min=floor).sqrt()
+    return found
 
 
 def low_rank_harm(weight: Tensor, metric: Metric) -> Tensor:

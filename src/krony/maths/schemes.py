@@ -6,6 +6,7 @@ has its transpose.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from krony.errors import KronyError
 from krony.maths.shapes import Layout, Shape, check_factors
@@ -161,7 +162,7 @@ def gpt2_total(shape: Shape, terms: int = 1, scalars: bool = False) -> int:
     return GPT2_PARAMETERS + 2 * GPT2_BLOCKS * (factored - matrix)
 
 
-def table_one() -> list[dict]:
+def table_one() -> list[dict[str, Any]]:
     """The paper's Table I: name, shapes of A, parameters of a factored matrix, of the model."""
     rows = []
     for name, shapes in TABLE_I:
@@ -173,7 +174,7 @@ def table_one() -> list[dict]:
     return rows
 
 
-def table_two() -> list[dict]:
+def table_two() -> list[dict[str, Any]]:
     """The paper's Table II: the model's parameters for several terms of one shape."""
     return [
         {"shape": shape, "terms": terms, "model": gpt2_total(shape, terms)}
@@ -189,7 +190,7 @@ def named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def describe(factors: Factors) -> dict:
+def describe(factors: Factors) -> dict[str, Any]:
     """The figures of one point of the design space, ready for JSON."""
     m, n = factors.shape
     return {

@@ -222,7 +222,7 @@ def _seen(model: PreTrainedModel, text: Text | None) -> str | None:
 
 def _tokens_at_once(model: PreTrainedModel) -> int:
     room = LOGIT_BYTES.get(model.device.type, LOGIT_BYTES["cpu"])
-    return room // (4 * model.config.get_text_config().vocab_size)
+    return room // (4 * int(model.config.get_text_config().vocab_size))
 
 
 def _exp(nats: float) -> float:

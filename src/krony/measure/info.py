@@ -50,7 +50,7 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _factored(plan: Plan, provenance: dict) -> list[dict[str, Any]]:
+def _factored(plan: Plan, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     measured, rows = provenance.get("matrices", {}), []
     for matrix in plan.matrices:
         rows.append(

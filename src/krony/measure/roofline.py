@@ -46,7 +46,7 @@ def timed(job: Callable[[], object], device: torch.device) -> float:
         job()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     begun = time.perf_counter()
     job()
     if device.type != "cpu":

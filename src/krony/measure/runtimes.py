@@ -123,7 +123,8 @@ class Runner:
             torch.compiler.cudagraph_mark_step_begin()
         held = {cache_name(self.model): cache}
         output = forward(input_ids=ids, use_cache=True, logits_to_keep=1, **held)
-        return output.logits[:, -1].argmax(-1, keepdim=True)
+        likeliest: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+        return likeliest
 
     def generate(self, ids: Tensor, new: int) -> tuple[float, Tensor]:
         """Seconds of transformers' `generate`, the prompt (b, t) included; the tokens (b, new)."""

@@ -1,6 +1,6 @@
 """Activations in one kernel where transformers has a chain of them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class TanhGELU(nn.GELU):
         if not cpu_kernels.has_gelu(input):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
-            made: Tensor = _Differentiable.apply(input)
+            made: Tensor = cast(Any, _Differentiable).apply(input)
             return made
         return cpu_kernels.gelu(input)
 
@@ -53,7 +53,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+            again: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+            return again
         return cpu_kernels.gelu(x, gradient)
 
 

@@ -106,7 +106,8 @@ class KroneckerGroup(plain.KroneckerGroup):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         lower.forget(self)  # what was made is of the dtype and the device that were
-        return super()._apply(*arguments, **options)
+        module: Any = super()
+        return module._apply(*arguments, **options)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias (m,), by the kernel that takes it."""
@@ -159,7 +160,8 @@ class KroneckerLinear(plain.KroneckerLinear):
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         lower.forget(self)  # it is of the dtype and the device that were
-        return super()._apply(*arguments, **options)
+        module: Any = super()
+        return module._apply(*arguments, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) to (..., m), by the kernel that takes it."""

@@ -91,7 +91,8 @@ class LoweredGroup:
         if self.order is not None:
             full = cpu_kernels.fill(self.small, self.order)
             full = products.fill(self.small, self.order) if full is None else full
-            return full.unflatten(1, self.small_shape)
+            unfolded: Tensor = full.unflatten(1, self.small_shape)
+            return unfolded
         return self.small if self.scalars is None else self.small * self.scalars[:, None, None]
 
     def mixing(self) -> Tensor:
@@ -271,8 +272,9 @@ class Once:
 
     def tensor(self, module: nn.Module, name: str) -> Tensor | None:
         """The parameter or buffer of that name."""
-        held: Any = module._buffers if name in module._buffers else module._parameters
-        return held.get(name)
+        if name in module._buffers:
+            return module._buffers[name]
+        return module._parameters.get(name)
 
     def weight(self, module: nn.Module) -> Tensor | None:
         """Its weight."""

@@ -109,7 +109,7 @@ def forward(self: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     """As torch's; the replica's forward is its class's, since this one's would run this one."""
-    replica = type(self)._replicate_for_data_parallel(self)
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)
     replica.__dict__.pop(_RECORD, None)
     _uninstall(replica)
     return replica

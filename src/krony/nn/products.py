@@ -6,7 +6,7 @@ through hidden.c where that helps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def by_all_tokens(x: Tensor) -> bool:
 def mix_all(mixing: Tensor, x: Tensor) -> Tensor:
     """`mix` with work that all tokens share: sums of whole slices where there are few, else one
     product. In the dtype of x, which `mixing` must have too."""
-    y: Tensor = _MixAll.apply(mixing, x)
+    y: Tensor = cast(Any, _MixAll).apply(mixing, x)
     return y
 
 
@@ -160,7 +160,7 @@ def _mixed(x: Tensor, mixing: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     if torch.is_autocast_enabled(x.device.type):  # the backward pass runs without it
         dtype = torch.get_autocast_dtype(x.device.type)
         x, mixing, weight = x.to(dtype), mixing.to(dtype), weight.to(dtype)
-    y: Tensor = _Mixed.apply(x, mixing, weight)
+    y: Tensor = cast(Any, _Mixed).apply(x, mixing, weight)
     return y if bias is None else add(y, bias)
 
 

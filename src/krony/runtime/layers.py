@@ -107,7 +107,8 @@ class KroneckerGroup(nn.Module):
     def scaled_small(self) -> Tensor:
         """The small factors in full, with the learnable scalars multiplied in: (R, m2, n2)."""
         if self.order is not None:
-            return self.filled(self.order).unflatten(1, self.small_shape)
+            full: Tensor = self.filled(self.order).unflatten(1, self.small_shape)
+            return full
         if self.scalars is None:
             return self.small
         return self.small * self.scalars[:, None, None]

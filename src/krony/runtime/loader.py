@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
@@ -188,7 +188,8 @@ class KroneckerQuantizer(HfQuantizer):
             if entry.get("dense_shape"):
                 narrow = model.get_submodule(entry["name"])
                 model.set_submodule(entry["name"], _widened(narrow, entry))
-        self.remove_quantization_config(model)
+        quantizer: Any = self
+        quantizer.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:

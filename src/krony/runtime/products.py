@@ -76,9 +76,8 @@ def dense_from(large: Shape, small: Shape, terms: int, mix_first: bool) -> float
 
 def linear_to_large(weight: Tensor, terms: int, mix_first: bool) -> Tensor:
     """The weight of one linear map, (m1, R·n1), or (R·m1, n1) if mixed last, as A (R, m1, n1)."""
-    if mix_first:
-        return weight.unflatten(1, (terms, -1)).transpose(0, 1)
-    return weight.unflatten(0, (terms, -1))
+    split: Tensor = weight.unflatten(1 if mix_first else 0, (terms, -1))
+    return split.transpose(0, 1) if mix_first else split
 
 
 def to_slices(x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
@@ -190,4 +189,5 @@ def _pick(factors: Tensor, ids: Tensor) -> Tensor:
     if factors.shape[1] == 1:
         return factors[:, 0]
     table = factors.transpose(0, 1).flatten(1)
-    return F.embedding(ids, table).unflatten(-1, (len(factors), -1))
+    picked: Tensor = F.embedding(ids, table).unflatten(-1, (len(factors), -1))
+    return picked

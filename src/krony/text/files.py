@@ -82,7 +82,8 @@ def _open(path: Path) -> IO[bytes]:
             raise KronyError(
                 f"{path} is compressed with zstandard; pip install zstandard, or unpack it"
             ) from error
-        return zstandard.ZstdDecompressor().stream_reader(file)
+        read: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(file)
+        return read
     return file
 
 

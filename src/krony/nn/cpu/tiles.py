@@ -327,4 +327,5 @@ def _half(route: Route) -> Matrix | None:
 
 def _weights(route: Route) -> Tensor:
     """Of its products, each for all slices: (·, m1, ·)."""
-    return route.weight.unflatten(0, (-1, route.shape[1]))
+    weights: Tensor = route.weight.unflatten(0, (-1, route.shape[1]))
+    return weights

@@ -104,7 +104,7 @@ def decode(
     """
     lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     m1, n1 = large_shape
-    y = _decode(rows, small, weight, bias, m1, n1, layout == "small-outer", mix_first)
+    y: Tensor = _decode(rows, small, weight, bias, m1, n1, layout == "small-outer", mix_first)
     return y.reshape(*lead, y.shape[-1])
 
 
@@ -117,7 +117,8 @@ def run_step(x: Tensor, step: Step, many: bool) -> Tensor:
     if not torch.compiler.is_compiling():  # the way through the dispatcher takes longer
         return _launched(x, step, many)
     options = step.sides, step.small_outer, step.mix_first, step.kind, many
-    return _step(x, step.weights, step.smalls, step.biases, step.inner, *options)
+    y: Tensor = _step(x, step.weights, step.smalls, step.biases, step.inner, *options)
+    return y
 
 
 def _launched(x: Tensor, step: Step, many: bool) -> Tensor:
