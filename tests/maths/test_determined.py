@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krony.compression.calibrate import Inputs
-from krony.compression.sequential import DataOptions, _Pairing, fit_matrix
+from krony.compression.sequential import DataOptions, Pairing, fit_matrix
 from krony.hf.plan import MatrixPlan
 from krony.maths import fit, kron
 from krony.maths.schemes import Factors
@@ -112,7 +112,7 @@ def test_few_tokens_determine_the_solution_whatever_the_order_of_sums(groups, co
 
     def solved(pieces):
         inputs = inputs_of(x, pieces)
-        pairing = _Pairing.zeros(16, inputs)
+        pairing = Pairing.zeros(16, inputs)
         for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
             pairing.add(a, b)
         found = fit_matrix(matrix, weight, bias, inputs, None, DataOptions(), pairing)
