@@ -72,10 +72,10 @@ def test_many_tokens_leave_correlations_as_they_are_and_few_do_not():
         found = inputs_of(torch.randn(count, 32, generator=generator) @ mix)
         return float((found.weighing(True) - found.covariance).norm() / found.covariance.norm())
 
-    changes = [change(count) for count in (16, 160, 1600, 16_000)]
+    changes = [change(count) for count in (16, 96, 160, 16_000)]
     assert changes == sorted(changes, reverse=True)
     assert changes[0] > 0.1
-    assert changes[-1] < 2e-3
+    assert changes[-1] < 2e-5  # rounding
 
 
 def test_no_inputs_scale_matters():

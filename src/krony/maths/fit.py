@@ -30,7 +30,8 @@ Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
 STEPS = 12  # of ten L-BFGS iterations each; fewer where they gain little
-ROUNDING = 1e-5  # of E[x²]: what products of a few thousand tokens in float32 leave open
+ENOUGH = 8  # tokens an input: from there on a sample's correlations are taken as they are
+ROUNDING = 1e-6  # of E[x²]: what products of a few thousand tokens in float32 leave open
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
 
@@ -90,8 +91,10 @@ def determined(moments: Tensor, square: Tensor, tokens: int) -> Tensor:
 
     A sample says less of how inputs move together than of each by itself, nothing at all in some
     directions if there are fewer tokens than inputs, and there a fit would follow rounding. So the
-    correlations are shrunk by what a sample of that size leaves open: much for few tokens, one or
-    two thousandths for dozens of tokens an input. An input that never moves weighs what rounding
+    correlations are shrunk by what a sample of that size leaves open: by all of it up to one token
+    an input, by less and less up to `ENOUGH` of them, and no further, so that what is there twice
+    can be lost without loss (on a real model, 21 tokens an input, shrinking by anything up to 0.03
+    changes what is lost on other text by under 2 %). An input that never moves weighs what rounding
     hides.
 
     Args:
@@ -108,6 +111,7 @@ def determined(moments: Tensor, square: Tensor, tokens: int) -> Tensor:
     share = 1.0
     if spread > 1e-9 * n:
         share = min(1.0, ((1 - 2 / n) * size + n * n) / ((tokens + 1 - 2 / n) * spread))
+    share *= min(1.0, max(0.0, (ENOUGH - tokens / n) / (ENOUGH - 1)))
     return moments * (1 - share) + torch.diag(own * share + square * ROUNDING)
 
 
