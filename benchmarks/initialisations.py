@@ -169,7 +169,7 @@ def ablation(bench: Bench, share: float) -> list[Job]:
     """The budget plan with each ingredient, of the fit and then of the plan, removed in turn."""
     plan = bench.budget(share)
     jobs: list[Job] = [("nothing", plan, DATA, None)]
-    for off in ("sequential", "residual", "bias", "centred", "gradients"):
+    for off in ("sequential", "residual", "bias", "centered", "gradients"):
         jobs.append((off, plan, DATA, DataOptions(**{off: False})))
     return [
         *jobs,

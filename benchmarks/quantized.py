@@ -1,4 +1,4 @@
-"""What quantisation costs a factored model, beside the dense one quantised the same way.
+"""What quantization costs a factored model, beside the dense one quantized the same way.
 
 Every model is stored in float16, as it is and in each form, read back, and run in float32 on the
 head of the language reference. Nothing is trained.
@@ -29,7 +29,7 @@ def main() -> None:
     options = made.parse_args()
     if options.small:
         options.tokens = 512
-    record = Record("perplexity of quantised weights", options)
+    record = Record("perplexity of quantized weights", options)
     transformers.logging.disable_progress_bar()
     text = data.load_text("python-docs")
     print("| model | weights | on disk | perplexity | against itself in float16 |")

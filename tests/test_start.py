@@ -1,5 +1,6 @@
 """What an import and a command load: modules are counted, not seconds."""
 
+import importlib
 import json
 import pickle
 import subprocess
@@ -129,6 +130,13 @@ assert {old} is new and new.__spec__ is spec
 assert {{w.category for w in seen}} == {{DeprecationWarning}}
 assert {moved.MODULES[old]!r} in str(seen[0].message)"""
     exec(code, {"__name__": "somewhere"})
+
+
+def test_a_module_that_is_gone_says_what_there_is_instead():
+    with pytest.raises(ModuleNotFoundError, match=r"krony\.nn\.dispatch has the table"):
+        importlib.import_module("krony.kernels")
+    with pytest.raises(AttributeError, match=r"krony\.nn\.dispatch has the table"):
+        _ = krony.kernels
 
 
 def test_names_that_options_offer_are_those_that_there_are():

@@ -56,7 +56,7 @@ def model(file: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    # A fresh one, that does not remember that its numbers were quantised.
+    # A fresh one, that does not remember that its numbers were quantized.
     values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     made = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.bfloat16)
     made.load_state_dict(loaded.state_dict())

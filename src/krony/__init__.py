@@ -114,6 +114,8 @@ def __getattr__(name: str) -> Any:
     if name in moved.MODULES:
         globals()[name] = module = moved.find(name, 2)
         return module
+    if name in moved.GONE:
+        raise AttributeError(moved.GONE[name])
     raise AttributeError(f"module 'krony' has no attribute {name!r}")
 
 

@@ -22,13 +22,17 @@ _ROOMS = {
 }
 MODULES = {name: f"krony.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()}
 MODULES |= {
-    "kernels": "krony.nn.gpu.operators",
     "cpu_decode": "krony.nn.cpu.decode",
     "cpu_kernels": "krony.nn.cpu.kernels",
     "cpu_tiles": "krony.nn.cpu.tiles",
     "gpu_mlp": "krony.nn.gpu.mlp",
     "triton_kernels": "krony.nn.gpu.triton_kernels",
     "tables": "krony.cli.tables",
+}
+
+GONE = {
+    "kernels": "krony.kernels is gone: krony.nn.dispatch has the table of kernels, krony.explain "
+    "shows which one takes what, and the Triton operators are in krony.nn.gpu.operators"
 }
 
 
@@ -49,6 +53,8 @@ class _Finder:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         room, _, old = name.partition(".")
+        if room == "krony" and old in GONE:
+            raise ModuleNotFoundError(GONE[old], name=name)
         if room != "krony" or old not in MODULES:
             return None
         loader: Any = self

@@ -269,9 +269,9 @@ BAD = {
         ["plan", "demo", "--small", "2x2", "--json", "{short}/x.json"],
         "can't write",
     ),
-    "quantising an unknown model": (["quantize", "no/model", "{dst}"], "can't find a model"),
-    "quantising into a place": (["quantize", "demo", "{there}"], "exists already"),
-    "quantising nan": (["quantize", "{nan}", "{dst}"], "h.1.mlp.c_fc.weight of"),
+    "quantizing an unknown model": (["quantize", "no/model", "{dst}"], "can't find a model"),
+    "quantizing into a place": (["quantize", "demo", "{there}"], "exists already"),
+    "quantizing nan": (["quantize", "{nan}", "{dst}"], "h.1.mlp.c_fc.weight of"),
     "self-contained dense": (
         ["export", "demo", "{dst}", "--to", "self-contained"],
         "is a dense model already",

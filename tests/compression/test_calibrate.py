@@ -1,4 +1,4 @@
-"""Streaming moments against moments of everything at once; the data initialisation; budgets."""
+"""Streaming moments against moments of everything at once; the data initialization; budgets."""
 
 import itertools
 from functools import partial
@@ -12,7 +12,7 @@ from krony.compression import calibrate as calibration
 from krony.compression.budget import make_budget_plan
 from krony.compression.limits import Candidate, choose
 from krony.compression.prices import Matrix, low_rank_candidates
-from krony.compression.sequential import DataOptions, _writes_the_stream
+from krony.compression.sequential import DataOptions, writes_the_stream
 from krony.compression.work import Work
 from krony.hf import replay
 from krony.hf.families import blocks, dense_weight, find_targets
@@ -162,7 +162,7 @@ def test_data_beats_van_loan_on_its_own_measure(family):
     assert 0 < errors["data"] < errors["van-loan"]
 
 
-@pytest.mark.parametrize("off", ["sequential", "bias", "centred", "gradients", "residual"])
+@pytest.mark.parametrize("off", ["sequential", "bias", "centered", "gradients", "residual"])
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_every_ingredient_can_be_switched_off_and_changes_the_factors(off):
     plan = make_plan(tiny("gpt2"), small=(4, 4), terms=2)
@@ -205,7 +205,7 @@ def test_the_matrices_that_write_the_residual_stream_are_found(family, writers):
         found = [
             name
             for name in linear
-            if _writes_the_stream(stream, 0, block, stream.hidden[0], [name])
+            if writes_the_stream(stream, 0, block, stream.hidden[0], [name])
         ]
     assert len(found) == writers
     assert any(name.endswith(("mlp.c_proj", "down_proj", "4h_to_h")) for name in found)

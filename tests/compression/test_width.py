@@ -17,7 +17,7 @@ from krony.compression.sequential import DataOptions
 from krony.compression.structures import widths
 from krony.export.quantize import quantize
 from krony.hf.families import dense_weight, find_targets, mlps
-from krony.hf.modeling import config_of, quantised_of
+from krony.hf.modeling import config_of, quantized_of
 from krony.hf.plan import matrix_plan
 from krony.maths import fit
 from krony.measure import info
@@ -283,7 +283,7 @@ def test_a_plan_travels():
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_narrow_models_are_quantised_and_fold_back(to, tmp_path):
+def test_narrow_models_are_quantized_and_fold_back(to, tmp_path):
     model = quantize(cut(tiny("llama")), to)
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -294,13 +294,13 @@ def test_narrow_models_are_quantised_and_fold_back(to, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_matrix_that_is_only_narrow_is_quantised_beside_factors():
+def test_a_matrix_that_is_only_narrow_is_quantized_beside_factors():
     model = tiny("gpt2")
     fewer = [t.narrowed(64) for t in find_targets(model, "mlp")]
     low_rank = (Factors((32, 1), (1, 64), 4),)
     plan = [matrix_plan(t, low_rank if t.role == "down" else ()) for t in fewer]
     compress(model, Plan(tuple(plan)), init="data", calibration=WINDOWS)
-    names = {m.name for m in quantised_of(quantize(model, "int8")).matrices}
+    names = {m.name for m in quantized_of(quantize(model, "int8")).matrices}
     layers = [f"transformer.h.{i}.mlp" for i in (0, 1)]
     assert names == {f"{n}.c_fc" for n in layers} | {f"{n}.c_proj.groups.0.large" for n in layers}
 

@@ -66,6 +66,19 @@ def test_words_are_spelled_as_in_the_code(page):
     assert not british, f"{name(page)}: {british}"
 
 
+def test_code_is_spelled_in_one_way():
+    british = re.compile(
+        r"(?:quantis|optimis|initialis|tokenis|normalis|serialis)(?:e|ing|ation)|centred", re.I
+    )
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if british.search(line) and '"quantised"' not in line  # a key that files of 0.1 have
+    ]
+    assert not found
+
+
 def test_an_entry_of_the_log_is_a_date_a_question_and_a_verdict():
     entries = re.split(r"^## ", LOG, flags=re.MULTILINE)[1:]
     assert len(entries) >= 69

@@ -106,7 +106,7 @@ def test_an_onnx_graph_that_differs_is_not_written(monkeypatch, tmp_path):
 def test_what_onnx_refuses(monkeypatch, tmp_path):
     with pytest.raises(KronyError, match=r"in torch\.bfloat16; load it in float32"):
         export_onnx(compressed("gpt2").to(torch.bfloat16), tmp_path / "out")
-    with pytest.raises(KronyError, match="quantised to int8, for which ONNX has other forms"):
+    with pytest.raises(KronyError, match="quantized to int8, for which ONNX has other forms"):
         export_onnx(quantize(compressed("gpt2"), "int8"), tmp_path / "out")
 
     def fails(*_, **__):

@@ -1,4 +1,4 @@
-"""Quantised models: torchao's own arithmetic, exact round trips, what is refused."""
+"""Quantized models: torchao's own arithmetic, exact round trips, what is refused."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def load(path, **options):
     return hf.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
-def quantised_names(found):
+def quantized_names(found):
     return [name for name, p in found.named_parameters() if is_quantized(p)]
 
 
@@ -55,7 +55,7 @@ def test_round_trip_is_exact(to, factored, dtype, tmp_path):
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1 or dtype == torch.float16
     again = load(tmp_path / "a")
     assert again.dtype == dtype
-    assert quantised_names(again) == quantised_names(made)
+    assert quantized_names(again) == quantized_names(made)
     assert torch.equal(logits(again), expected)
     assert again.generate(torch.tensor([[2, 3]]), max_new_tokens=3, min_new_tokens=3).shape == (
         1,
@@ -134,14 +134,14 @@ def test_what_no_group_divides_is_kept_and_listed(tmp_path):
         )
     )
     quantize(compress(made, plan, init="van-loan"), "int4")
-    kept = config_of(made).quantised["kept"]
+    kept = config_of(made).quantized["kept"]
     assert list(kept) == [f"{first.name}.groups.1.large", f"{second.name}.groups.0.large"]
     assert "divides its 9 columns" in kept[f"{first.name}.groups.1.large"]
-    # The second block's MLP was dense, and is quantised like the factors.
-    assert "transformer.h.1.mlp.c_fc.weight" in quantised_names(made)
+    # The second block's MLP was dense, and is quantized like the factors.
+    assert "transformer.h.1.mlp.c_fc.weight" in quantized_names(made)
     made.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(made))
-    assert config_of(load(tmp_path)).quantised["kept"] == kept
+    assert config_of(load(tmp_path)).quantized["kept"] == kept
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_every_family_dense_and_factored(family, tmp_path):
     for factored in (True, False):
         made, expected = model(family, factored), logits(model(family, factored))
         quantize(made, "int8")
-        names = quantised_names(made)
+        names = quantized_names(made)
         inside = ".groups.0.large.weight" if factored else ".weight"
         assert names == [t.name + inside for t in find_targets(tiny(family), "mlp")]
         assert isinstance(made.get_parameter(names[0]), Int8Tensor)
@@ -166,7 +166,7 @@ def test_folds_to_an_ordinary_model(to, factored, tmp_path):
     made = quantize(model(factored=factored), to)
     expected = logits(made)
     made.dequantize()
-    assert not quantised_names(made)
+    assert not quantized_names(made)
     assert config_of(made) is None
     torch.testing.assert_close(logits(made), expected, rtol=1e-4, atol=1e-5)
     made.save_pretrained(tmp_path)
@@ -179,9 +179,9 @@ def test_embeddings_attention_and_small_factors_stay():
     compress(made, make_plan(made, small=(2, 2), target="embedding,mlp"), init="van-loan")
     quantize(made, "int4")
     for name, parameter in made.named_parameters():
-        quantised = ".mlp." in name and name.endswith(".large.weight")
-        assert is_quantized(parameter) == quantised, name
-        if quantised:
+        quantized = ".mlp." in name and name.endswith(".large.weight")
+        assert is_quantized(parameter) == quantized, name
+        if quantized:
             assert isinstance(parameter, IntxUnpackedToInt8Tensor)
             assert not parameter.requires_grad
         else:
@@ -216,7 +216,7 @@ def test_the_base_model_loads_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_krony_a_quantised_dense_model_stops_instead_of_loading_noise(
+def test_without_krony_a_quantized_dense_model_stops_instead_of_loading_noise(
     monkeypatch, tmp_path
 ):
     quantize(model("llama", factored=False), "int8").save_pretrained(tmp_path)
@@ -227,33 +227,33 @@ def test_without_krony_a_quantised_dense_model_stops_instead_of_loading_noise(
 
 
 def test_what_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(KronyError, match="can't quantise to 'int3'; there are int8, int8-dynamic"):
+    with pytest.raises(KronyError, match="can't quantize to 'int3'; there are int8, int8-dynamic"):
         quantize(model(), "int3")
     made = quantize(model(factored=False), "int8")
-    with pytest.raises(KronyError, match="quantised to int8 already"):
+    with pytest.raises(KronyError, match="quantized to int8 already"):
         quantize(made, "int4")
-    with pytest.raises(KronyError, match="the mlp matrices of this GPT2LMHeadModel are quantised"):
+    with pytest.raises(KronyError, match="the mlp matrices of this GPT2LMHeadModel are quantized"):
         find_targets(made, "mlp")
-    with pytest.raises(KronyError, match="quantised to int8; compress it first"):
+    with pytest.raises(KronyError, match="quantized to int8; compress it first"):
         compress(made, make_plan(made, small=(2, 2), target="attention"), init="van-loan")
     narrow = model(small=(16, 8), terms=1)
-    with pytest.raises(KronyError, match=r"nothing to quantise to int4.*divides its 4 columns"):
+    with pytest.raises(KronyError, match=r"nothing to quantize to int4.*divides its 4 columns"):
         quantize(narrow, "int4")
-    assert not quantised_names(narrow)
+    assert not quantized_names(narrow)
     broken = model(factored=False)
     with torch.no_grad():
         dense_weight(broken.transformer.h[1].mlp.c_proj)[0, 0] = torch.nan
     with pytest.raises(KronyError, match=r"h.1.mlp.c_proj has NaN or Inf"):
         quantize(broken, "int8")
-    assert not quantised_names(broken)
+    assert not quantized_names(broken)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(KronyError, match=r"need torchao 0\.18 or later; install it with pip"):
         quantize(model(), "int8")
 
 
-def test_a_quantised_model_is_not_healed(tmp_path):
+def test_a_quantized_model_is_not_healed(tmp_path):
     blocks = [{"input_ids": list(range(8))}]
-    with pytest.raises(KronyError, match="heal it first, then quantise"):
+    with pytest.raises(KronyError, match="heal it first, then quantize"):
         heal(
             quantize(model(), "int8"), blocks, HealConfig(tokens=8), run=tmp_path, evaluation=blocks
         )
@@ -275,19 +275,19 @@ def test_the_command_line(run, tmp_path):
         assert (code, "float32 and int8" in out) == (0, True)
         code, out, _ = run("info", small, "--json")
         figures = json.loads(out)
-        assert figures["quantised"] == "int8"
+        assert figures["quantized"] == "int8"
         assert figures["factored"] == (source == "small")
         assert figures["bytes"] < 4 * figures["parameters"]
         code, out, _ = run("generate", small, "Return", "--max-new-tokens", 3)
         assert (code, out.startswith("Return")) == (0, True)
         code, out, err = run("export", small, inputs / f"{source}-dense", "--to", "dense")
         assert code == 0, err
-        assert not quantised_names(load(inputs / f"{source}-dense"))
+        assert not quantized_names(load(inputs / f"{source}-dense"))
     code, out, _ = run("info", inputs / "dense-int8")
     assert " int8 " in next(line for line in out.splitlines() if "h.0.mlp.c_fc" in line)
     code, _, err = run("quantize", inputs / "small-int8", inputs / "dst")
-    assert (code, "quantised to int8 already" in err) == (2, True)
+    assert (code, "quantized to int8 already" in err) == (2, True)
     code, _, err = run("heal", inputs / "small-int8", inputs / "dst", "--data",
                        inputs / "text.txt", "--window", 16, "--tokens", 64)  # fmt: skip
-    assert (code, "heal it first, then quantise" in err) == (2, True)
+    assert (code, "heal it first, then quantize" in err) == (2, True)
     assert not (inputs / "dst").exists()

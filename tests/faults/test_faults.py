@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import krony
 from faults import trials
-from krony.healing.training import HealTrainer
+from krony.text.blocks import load_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -68,20 +69,17 @@ def test_a_folder_that_can_not_be_written_is_refused_before_the_work(here, run):
         assert "can't write beside /proc/krony-out" in err or "permission denied" in err
 
 
-def test_runs_hold_no_pickles(here, run, monkeypatch):
+def test_runs_hold_no_pickles(here):
     kept = []
-    discard = trials.shutil.rmtree
-    end = HealTrainer._save_best
 
-    def look(self, *arguments):
-        end(self, *arguments)
-        run_folder = Path(self.args.output_dir).parent
-        kept.extend(p.name for p in run_folder.rglob("*") if p.is_file())
+    def look(*_: object) -> None:  # after every step
+        kept.extend(p.name for p in Path("out.run").rglob("*") if p.is_file())
 
-    monkeypatch.setattr(HealTrainer, "_save_best", look)
-    code, _, err = run(*trials.COMMANDS["heal"].split())
-    assert code == 0, err
-    discard("out")
+    model, tokenizer = krony.load("small")
+    blocks = load_blocks(["text.txt"], tokenizer, 16)
+    config = krony.HealConfig(tokens=512, batch_tokens=64, save_minutes=0)
+    krony.heal(model, blocks, config, run=Path("out.run"), evaluation=blocks, progress=look)
+    trials.shutil.rmtree("out.run")
     suffixes = {Path(name).suffix for name in kept}
     assert suffixes <= {".json", ".safetensors", ""}
     assert "optimizer.safetensors" in kept

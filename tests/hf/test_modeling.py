@@ -162,7 +162,7 @@ def test_the_factored_model_is_an_ordinary_trainable_model(tmp_path):
     ids = torch.arange(20).reshape(2, 10)
     again(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in again.parameters())
-    again.half().float()  # transformers forbids both on what it takes for quantised
+    again.half().float()  # transformers forbids both on what it takes for quantized
     hf.Trainer(model=again, args=hf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 

@@ -49,17 +49,17 @@ def inputs_of(x, pieces=1):
     kind=st.sampled_from(KINDS),
     count=st.integers(1, 40),
     width=st.integers(1, 24),
-    centred=st.booleans(),
+    centered=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_errors_are_weighed_by_is_positive_definite(kind, count, width, centred, seed):
-    weighing = inputs_of(tokens_of(kind, count, width, seed)).weighing(centred)
+def test_what_errors_are_weighed_by_is_positive_definite(kind, count, width, centered, seed):
+    weighing = inputs_of(tokens_of(kind, count, width, seed)).weighing(centered)
     metric = fit.Metric.of(weighing, None, 1)
     assert torch.isfinite(metric.inputs).all()
     assert int(torch.linalg.cholesky_ex(metric.inputs).info) == 0
     # Each input's own weight stays; only what they say of each other is shrunk.
     moments = inputs_of(tokens_of(kind, count, width, seed))
-    plain = (moments.covariance if centred else moments.second).diagonal()
+    plain = (moments.covariance if centered else moments.second).diagonal()
     scale = float(moments.second.diagonal().max())
     assert torch.allclose(weighing.diagonal(), plain, atol=2e-5 * scale + 1e-60, rtol=0)
 
@@ -96,19 +96,19 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("centred", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("centered", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("count", [4, 20, 200])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_few_tokens_determine_the_solution_whatever_the_order_of_sums(groups, count, centred):
+def test_few_tokens_determine_the_solution_whatever_the_order_of_sums(groups, count, centered):
     """Sums in another order, as another number of threads makes them, change rounding only."""
-    if groups == "sum" and not centred:
+    if groups == "sum" and not centered:
         pytest.skip("its iterations stop in one of several valleys")
     x = tokens_of("huge", count, 24, 1)
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(16, 24, generator=generator, dtype=torch.float64)
-    bias = torch.randn(16, generator=generator, dtype=torch.float64) if centred else None
+    bias = torch.randn(16, generator=generator, dtype=torch.float64) if centered else None
     y = (x.double() @ weight.T).float() + torch.randn(count, 16, generator=generator) * 0.1
-    matrix = MatrixPlan("w", (16, 24), GROUPS[groups], bias=centred, dense_shape=(16, 48))
+    matrix = MatrixPlan("w", (16, 24), GROUPS[groups], bias=centered, dense_shape=(16, 48))
 
     def solved(pieces):
         inputs = inputs_of(x, pieces)
@@ -122,7 +122,7 @@ def test_few_tokens_determine_the_solution_whatever_the_order_of_sums(groups, co
     (one, first), (two, second) = solved(1), solved(4)
     assert torch.isfinite(one).all()
     assert float((one - two).norm() / one.norm()) < 1e-2
-    if centred:  # beside what it makes up for: the mean of an input of 100
+    if centered:  # beside what it makes up for: the mean of an input of 100
         assert float((first - second).abs().max() / (one @ x[0].double()).abs().max()) < 1e-2
     # Where the sample says nothing, the dense weight stays: no number explodes.
     assert float(one.norm()) < 2 * float(weight.norm())

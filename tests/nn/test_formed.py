@@ -345,7 +345,7 @@ def test_a_model_on_several_devices_is_as_fast(narrowed):
 
 
 @pytest.mark.parametrize("to", FORMS)
-def test_w_of_quantised_factors(narrowed, to, tmp_path):
+def test_w_of_quantized_factors(narrowed, to, tmp_path):
     pytest.importorskip("torchao")
     model = quantize(copy.deepcopy(narrowed), to).eval()
     save_model(model, tmp_path / to)
@@ -356,7 +356,7 @@ def test_w_of_quantised_factors(narrowed, to, tmp_path):
     wanted = model(ids).logits
     for each in layers:
         each.keeps_formed = True
-    # Inputs that are quantised too are no matter of W.
+    # Inputs that are quantized too are no matter of W.
     kept = to != "int8-dynamic"
     for name, tokens in (("many", 30), ("few", 1)):
         found = model(ids[:, :tokens]).logits

@@ -227,6 +227,6 @@ def test_the_matrix_is_formed_where_that_takes_fewer_operations():
     assert sums.forms_dense(1024)
     assert not any(one.forms_dense(tokens) for tokens in (1, 1024, 10**6))
     assert not any(KroneckerGroup((64, 1), (1, 32), 20).forms_dense(t) for t in (1, 10**6))
-    # Adapted or quantised, the large factor is more than its weight.
+    # Adapted or quantized, the large factor is more than its weight.
     sums.large = nn.Sequential(sums.large)
     assert not sums.forms_dense(1024)

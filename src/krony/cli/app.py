@@ -199,8 +199,8 @@ def info_command(
     out.print(tables.info_table(figures))
     total, dense = figures["parameters"], figures["dense_parameters"]
     line = f"\n{total:,} parameters, {tables.megabytes(figures['bytes'])} in {figures['dtype']}"
-    if figures["quantised"]:
-        line += f" and {figures['quantised']}"
+    if figures["quantized"]:
+        line += f" and {figures['quantized']}"
     if figures["factored"]:
         line += f"; dense {dense:,}: {tables.percent(1 - total / dense)} saved"
     out.print(line)

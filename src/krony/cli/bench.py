@@ -61,7 +61,7 @@ def bench_command(
             seed,
             lambda what, i, n: bar.update(task, description=what, completed=i, total=n),
         )
-    # A CPU's times are those of its neighbours too: only ratios and shares mean something there.
+    # A CPU's times are those of its neighbors too: only ratios and shares mean something there.
     out.print(tables.bench_table(record, absolute=not device.startswith("cpu")))
     out.print(tables.takes_table(record))
     out.print(_notes(record), markup=False, soft_wrap=True)

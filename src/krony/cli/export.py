@@ -25,10 +25,10 @@ def quantize_command(
     ] = "int8",
     dtype: StoredDtype = None,
 ) -> None:
-    """Quantise the large factors of a factored model, or the MLPs of a dense one, with torchao."""
+    """Quantize the large factors of a factored model, or the MLPs of a dense one, with torchao."""
     from krony.export.quantize import quantize
     from krony.hf import checkpoints
-    from krony.hf.modeling import quantised_of
+    from krony.hf.modeling import quantized_of
     from krony.measure import info
 
     checkpoints.check_destination(destination)
@@ -38,13 +38,13 @@ def quantize_command(
     before = info.model_bytes(model)
     quantize(model, to)
     checkpoints.save_model(model, destination, tokenizer)
-    quantised = quantised_of(model)
-    assert quantised is not None
-    for name, reason in quantised.kept.items():
+    quantized = quantized_of(model)
+    assert quantized is not None
+    for name, reason in quantized.kept.items():
         out.print(f"{name} stays as it is: {reason}", markup=False)
     size = tables.megabytes(checkpoints.directory_bytes(destination))
     out.print(
-        f"Wrote {destination}: {len(quantised.matrices)} matrices in {to}, the parameters "
+        f"Wrote {destination}: {len(quantized.matrices)} matrices in {to}, the parameters "
         f"{tables.megabytes(before)} before, {tables.megabytes(info.model_bytes(model))} now, "
         f"{size} on disk"
     )

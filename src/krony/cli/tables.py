@@ -294,7 +294,7 @@ def demo_table(record: dict[str, Any]) -> Table:
         "on disk",
         "perplexity",
         "against dense",
-        "factorise",
+        "factoring",
         "evaluate",
         "reloaded",
     )
@@ -307,7 +307,7 @@ def demo_table(record: dict[str, Any]) -> Table:
             megabytes(row["bytes"]),
             number(row["perplexity"]),
             f"{row['perplexity'] / first:,.2f}x",
-            f"{row['factorise_seconds']:.2f} s",
+            f"{row['factorize_seconds']:.2f} s",
             f"{row['evaluate_seconds']:.1f} s",
             "equal" if row["reloaded_equal"] else "DIFFERS",
         )

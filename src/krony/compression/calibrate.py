@@ -122,10 +122,10 @@ class Inputs:
         """Cov(x), (n, n)."""
         return self.second - torch.outer(self.mean, self.mean)
 
-    def weighing(self, centred: bool) -> Tensor:
+    def weighing(self, centered: bool) -> Tensor:
         """What errors are weighed by, (n, n): Cov(x) or E[x xᵀ], as far as the tokens tell."""
         second = self.second
-        moments = second - torch.outer(self.mean, self.mean) if centred else second
+        moments = second - torch.outer(self.mean, self.mean) if centered else second
         return fit.determined(moments, second.diagonal(), self.tokens)
 
 
@@ -183,7 +183,7 @@ def calibration_windows(
     size = window - (first is not None)
     if size < 1:
         raise KronyError(f"a calibration window of {window} tokens has no room for text")
-    # A long text is thinned before it is tokenised: tokens are rarely longer than ten characters.
+    # A long text is thinned before it is tokenized: tokens are rarely longer than ten characters.
     most = windows * size * 10
     if len(text.text) > 2 * most:
         step = len(text.text) // windows

@@ -1,4 +1,4 @@
-"""Initialisation: from a dense matrix to factors, and the in-place compression of a model."""
+"""Initialization: from a dense matrix to factors, and the in-place compression of a model."""
 
 import copy
 import difflib
@@ -30,7 +30,7 @@ from krony.hf.modeling import (
     config_of,
     install,
     plain_layer,
-    quantised_of,
+    quantized_of,
 )
 from krony.hf.offload import check_present
 from krony.hf.plan import MatrixPlan, Plan
@@ -59,7 +59,7 @@ def compress(
     """Replace the planned matrices by Kronecker factors, in place, and return the model.
 
     All factors are found and checked before the first module is replaced, so a model that can't be
-    compressed is left as it was. Equal input gives equal bytes. Initialisations by weights and low
+    compressed is left as it was. Equal input gives equal bytes. Initializations by weights and low
     rank by data are closed forms in float64; Kronecker sums by data are iterated in float32 from
     there (L-BFGS), and a step is kept only if it is better in float64. Factors are rounded once, to
     the dtype of the weights.
@@ -84,7 +84,7 @@ def compress(
     before = config_of(model)
     if init == DATA:
         if calibration is None:
-            raise KronyError("the data initialisation needs calibration windows; none were given")
+            raise KronyError("the data initialization needs calibration windows; none were given")
         options = options or DataOptions()
         work = work or Work()
         if moments is None:
@@ -116,11 +116,11 @@ def checked(model: PreTrainedModel, plan: Plan, init: str) -> tuple[Plan, dict[s
     """The plan as this model has to take it, and the dense layers that it names.
 
     Raises:
-        KronyError: what `compress` raises for a model, a plan and an initialisation that don't go
+        KronyError: what `compress` raises for a model, a plan and an initialization that don't go
             together.
     """
     if init not in (*INITS, DATA):
-        raise KronyError(f"no initialisation {init!r}; there are {', '.join((*INITS, DATA))}")
+        raise KronyError(f"no initialization {init!r}; there are {', '.join((*INITS, DATA))}")
     check_present(model, "compress the model")
     ties.settle(model)
     # One made on another model, or by hand, may take the embedding for tied or for untied.
@@ -137,9 +137,9 @@ def checked(model: PreTrainedModel, plan: Plan, init: str) -> tuple[Plan, dict[s
             f"the plan takes hidden units out, and --init {init} does not say which; use --init "
             f"{DATA}, or a plan with all of them"
         )
-    if (quantised := quantised_of(model)) is not None:
+    if (quantized := quantized_of(model)) is not None:
         raise KronyError(
-            f"the model is quantised to {quantised.to}; compress it first, then quantise"
+            f"the model is quantized to {quantized.to}; compress it first, then quantize"
         )
     everything = dict(model.named_modules())
     modules = {
@@ -219,7 +219,7 @@ def _by_data(
         widest = max((m.dense_shape or m.shape)[1] for m in inner.matrices)
         calibrate.check_tokens(calibration.numel(), widest)
         within = cast(Mapping[str, Moments], moments)  # of matrices in blocks
-        narrow = width.narrowed(exact, inner, within, options.bias, options.centred, work)
+        narrow = width.narrowed(exact, inner, within, options.bias, options.centered, work)
         found = fit_plan(
             exact, inner, calibration, narrow, _install, options,
             progress=progress, embedded=embedded, work=work,
@@ -252,7 +252,7 @@ def moments_of(
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[str, Known]:
-    """What the data initialisation needs to know of all that a plan names."""
+    """What the data initialization needs to know of all that a plan names."""
     exact = calibrate.full_precision(model)
     ends = _ends(exact, plan)
     names = [matrix.name for matrix in plan.matrices if matrix.name not in ends]
@@ -280,7 +280,7 @@ def collect(
     work: Work | None = None,
     memory: int | None = None,
 ) -> Mapping[str, Known]:
-    """What the data initialisation needs to know: of matrices in blocks, and of the ends.
+    """What the data initialization needs to know: of matrices in blocks, and of the ends.
 
     Args:
         work: where it is kept; default: in memory.
@@ -350,7 +350,7 @@ def _dense_module(modules: dict[str, nn.Module], matrix: MatrixPlan, owner: str)
         kind = "embedding" if matrix.embedding else "linear layer"
         raise KronyError(
             f"{matrix.name} is a {type(module).__name__}, not a dense {kind}; compress the "
-            "model before it is quantised or adapted"
+            "model before it is quantized or adapted"
         )
     matrix.check()
     weight, planned = dense_weight(module), matrix.dense_shape or matrix.shape

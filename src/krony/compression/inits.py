@@ -87,14 +87,14 @@ def random(weight: Tensor, matrix: MatrixPlan, seed: int) -> list[Terms]:
     return [Terms(t.large * scale, t.small * scale, t.scalars) for t in found]
 
 
-Initialisation = Callable[[Tensor, MatrixPlan, int], list[Terms]]
-INITS: dict[str, Initialisation] = {
+Initialization = Callable[[Tensor, MatrixPlan, int], list[Terms]]
+INITS: dict[str, Initialization] = {
     "van-loan": van_loan,
     "van-loan-scaled": van_loan_scaled,
     "prune": prune,
     "random": random,
 }
-"""Initialisations by weights: (weight (m, n) in float64, its plan, seed) to the factors a group."""
+"""Initializations by weights: (weight (m, n) in float64, its plan, seed) to the factors a group."""
 
 
 def to_dense(found: list[Terms], matrix: MatrixPlan) -> Tensor:

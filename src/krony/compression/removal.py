@@ -37,7 +37,7 @@ class Reader:
         inputs = moments.inputs
         weight = dense_weight(module).detach().double().to(inputs.device)
         bias = None if module.bias is None else module.bias.detach().double().to(weight.device)
-        second = inputs.weighing(centred=bias is not None)
+        second = inputs.weighing(centered=bias is not None)
         return cls(weight, Metric.of(second, moments.gradient, len(weight)), inputs.mean, bias)
 
     def with_only(self, kept: Tensor) -> tuple[tuple[Tensor, Tensor | None], float]:

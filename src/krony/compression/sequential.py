@@ -1,4 +1,4 @@
-"""The "data" initialisation: factors of least harm on real inputs, block after block.
+"""The "data" initialization: factors of least harm on real inputs, block after block.
 
 Each matrix is fitted to what it is for: given the inputs x̃ that it will really get, from a model
 whose earlier matrices are compressed already, come as close as possible to the outputs y of the
@@ -39,7 +39,7 @@ class DataOptions:
     Attributes:
         sequential: fit to the inputs of the compressed model, not of the dense one.
         bias: correct the bias for the mean error (where the layer has one).
-        centred: weigh inputs by their covariance, not by their second moment about zero.
+        centered: weigh inputs by their covariance, not by their second moment about zero.
         gradients: weigh outputs by the loss gradients.
         residual: a matrix that writes to the residual stream also makes up for the error that the
             stream carries already, as far as its inputs tell; needs `sequential`.
@@ -47,7 +47,7 @@ class DataOptions:
 
     sequential: bool = True
     bias: bool = True
-    centred: bool = True
+    centered: bool = True
     gradients: bool = True
     residual: bool = True
 
@@ -110,9 +110,9 @@ def fit_matrix(
     """
     correct = options.bias and bias is not None
     # Without a bias to absorb the mean, the mean error is an error like any other.
-    centred = options.centred and correct
-    metric = fit.Metric.of(inputs.weighing(centred), gradient, weight.shape[0])
-    wanted = weight if pairing is None else _wanted(weight, bias, pairing, centred, metric.inputs)
+    centered = options.centered and correct
+    metric = fit.Metric.of(inputs.weighing(centered), gradient, weight.shape[0])
+    wanted = weight if pairing is None else _wanted(weight, bias, pairing, centered, metric.inputs)
     pairs: list[fit.Pair] = []
     harm, dense = 0.0, wanted
     if matrix.groups:
@@ -127,7 +127,7 @@ def fit_matrix(
 
 
 def _wanted(
-    weight: Tensor, bias: Tensor | None, pairing: Pairing, centred: bool, metric: Tensor
+    weight: Tensor, bias: Tensor | None, pairing: Pairing, centered: bool, metric: Tensor
 ) -> Tensor:
     """The matrix (m, n) that comes closest to the outputs: K C⁻¹, from the dense weight, so that
     where the sample says nothing, nothing changes."""
@@ -135,12 +135,12 @@ def _wanted(
     cross = pairing.cross / inputs.tokens
     if bias is not None:  # y holds the dense bias; the weight alone explains the rest
         cross = cross - torch.outer(bias, inputs.mean)
-    if centred:
+    if centered:
         mean = pairing.mean_out / inputs.tokens
         if bias is not None:
             mean = mean - bias
         cross = cross - torch.outer(mean, inputs.mean)
-    moments = inputs.covariance if centred else inputs.second
+    moments = inputs.covariance if centered else inputs.second
     rest = cross - weight @ moments
     return weight + torch.cholesky_solve(rest.T, torch.linalg.cholesky(metric)).T
 
@@ -151,9 +151,9 @@ def refit(weight: Tensor, bias: Tensor | None, pairing: Pairing) -> tuple[Tensor
     Args:
         weight, bias: where to begin, float64.
     """
-    inputs, centred = pairing.inputs, bias is not None
-    metric = fit.ridged(inputs.weighing(centred), fit.INPUT_RIDGE)
-    made = _wanted(weight, bias, pairing, centred, metric)
+    inputs, centered = pairing.inputs, bias is not None
+    metric = fit.ridged(inputs.weighing(centered), fit.INPUT_RIDGE)
+    made = _wanted(weight, bias, pairing, centered, metric)
     if bias is not None:
         bias = pairing.mean_out / inputs.tokens - made @ inputs.mean
     return made, bias
@@ -246,7 +246,7 @@ def fit_plan(
                 made = put(prefix + name, start.get_submodule(prefix + name), fitted)
                 current.set_submodule(name, _folded(made, planned[prefix + name]))
             for stage in _stages(stream, index, dense, dense_hidden[0], [] if kept else mine):
-                lift = options.residual and _writes_the_stream(
+                lift = options.residual and writes_the_stream(
                     stream, index, current, hidden[0], stage
                 )
                 home = moments[prefix + stage[0]].inputs.device
@@ -306,7 +306,7 @@ def _stages(
     return list(stages.values())
 
 
-def _writes_the_stream(
+def writes_the_stream(
     stream: BlockStream, index: int, block: nn.Module, hidden: Tensor, stage: list[str]
 ) -> bool:
     """Whether the block's output is that of the stage's one matrix plus what does not depend on it.

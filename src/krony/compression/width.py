@@ -172,14 +172,14 @@ def narrowed(
     plan: Plan,
     moments: Mapping[str, Moments],
     bias: bool = True,
-    centred: bool = True,
+    centered: bool = True,
     work: Work | None = None,
 ) -> Narrowed:
     """Take out the hidden units; the model is not changed.
 
     Args:
         bias: let the bias of the matrix that reads the units make up for the mean of those gone.
-        centred: weigh the units by their covariance, where the bias takes the mean.
+        centered: weigh the units by their covariance, where the bias takes the mean.
         work: where the order of elimination may be known already.
     """
     found = Narrowed(model, moments, {})
@@ -194,8 +194,8 @@ def narrowed(
         (m, hidden), home = matrix.dense_shape or matrix.shape, entry.inputs.device
         weight = dense_weight(layer).double().to(home)
         shift = bias and layer.bias is not None
-        metric = Metric.of(entry.inputs.weighing(shift and centred), entry.gradient, m)
-        known = work if bias and centred else None
+        metric = Metric.of(entry.inputs.weighing(shift and centered), entry.gradient, m)
+        known = work if bias and centered else None
         units = narrow(weight, metric, order(matrix.name, weight, metric, known), matrix.shape[1])
         new_bias = layer.bias
         if shift:
@@ -263,7 +263,7 @@ def can_narrow(model: PreTrainedModel, mlp: MLP) -> bool:
     """Whether the MLP works with fewer hidden units: without half of them, it does what it does
     with all when these are zero where they are read.
 
-    No where the hidden axis is normalised, grouped, or cut by a number in the model's code.
+    No where the hidden axis is normalized, grouped, or cut by a number in the model's code.
     """
     hidden, down = mlp.down.hidden, model.get_submodule(mlp.down.name)
     kept = torch.arange(0, hidden, 2, device=down.weight.device)  # type: ignore[arg-type]

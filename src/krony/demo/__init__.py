@@ -37,7 +37,7 @@ def run(
     characters: int | None = CHARACTERS,
     windows: int = 128,
 ) -> dict[str, Any]:
-    """Compress the packaged model with each initialisation at two sizes; measure; draw.
+    """Compress the packaged model with each initialization at two sizes; measure; draw.
 
     The last model is at the smaller size again, its shapes found for that budget and its factors
     fitted to data.
@@ -82,7 +82,7 @@ def run(
                 "bytes": size,
                 "perplexity": result.perplexity,
                 "nats": result.nats,
-                "factorise_seconds": seconds,
+                "factorize_seconds": seconds,
                 "evaluate_seconds": result.seconds,
                 "reloaded_equal": equal,
                 "text": evaluate.generate(model, tokenizer, PROMPT, 24, temperature=0.7),
@@ -123,7 +123,7 @@ def _round_trip(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, bool]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Perplexity by initialisation, a group of bars a size, the dense model as a line."""
+    """Perplexity by initialization, a group of bars a size, the dense model as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set_ylim(dense["perplexity"] / 2, max(row["perplexity"] for row in rows) * 60)
     axes.set_xticks(range(len(SIZES)), [_size_label(rows, size) for size in SIZES])
     axes.set_ylabel("perplexity (log scale)")
-    axes.set_title("MLPs factored, no training: held-out perplexity by initialisation", fontsize=11)
+    axes.set_title("MLPs factored, no training: held-out perplexity by initialization", fontsize=11)
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(path)

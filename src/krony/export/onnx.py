@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from krony.errors import KronyError
 from krony.hf.checkpoints import companions, new_directory
 from krony.hf.families import cache_name
-from krony.hf.modeling import form, quantised_of, sharing
+from krony.hf.modeling import form, quantized_of, sharing
 from krony.hf.offload import check_present
 from krony.measure.evaluate import context_length
 
@@ -76,7 +76,7 @@ def onnx(
     Returns:
         The largest absolute difference between the logits of onnxruntime and of torch.
     Raises:
-        KronyError: packages that are missing, a model that is not in float32 or is quantised, a
+        KronyError: packages that are missing, a model that is not in float32 or is quantized, a
             graph that can't be made or differs by more than `TOLERANCE`.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -87,10 +87,10 @@ def onnx(
                 f"an ONNX graph needs {name}; install it with pip install 'krony[onnx]'"
             ) from error
     check_present(model, "write a graph of the model")
-    if (quantised := quantised_of(model)) is not None:
+    if (quantized := quantized_of(model)) is not None:
         raise KronyError(
-            f"the model is quantised to {quantised.to}, for which ONNX has other forms; "
-            "export the one that it was made from and quantise the graph with onnxruntime"
+            f"the model is quantized to {quantized.to}, for which ONNX has other forms; "
+            "export the one that it was made from and quantize the graph with onnxruntime"
         )
     if model.dtype != torch.float32:
         raise KronyError(

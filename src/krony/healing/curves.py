@@ -39,7 +39,7 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path, title: str) -> Non
     figure = Figure(figsize=(11 if crowded else 8, 4.5), layout="constrained")
     axes: Any = figure.subplots()
     for number, (label, curve) in enumerate(runs.items()):
-        style = "-" if number < 10 else "--"  # there are ten colours
+        style = "-" if number < 10 else "--"  # there are ten colors
         tokens = [point["tokens"] / 1e6 for point in curve]
         held_out = [point["held_out"] for point in curve]
         (line,) = axes.plot(tokens, held_out, style, marker=".", label=label or "held-out")

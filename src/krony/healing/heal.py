@@ -23,7 +23,7 @@ from krony.healing.recipe import (
     Stage,
     add_adapters,
     check_factored,
-    check_unquantised,
+    check_unquantized,
     freeze_dense,
     merge_adapters,
 )
@@ -59,7 +59,7 @@ class HealConfig:
         loss: see `losses.parse`; None takes the recipe's.
         temperature: of the KL divergence.
         learning_rate: in place of the recipe's; later stages keep their proportion to it.
-        batch_tokens: of an optimiser step, in place of the recipe's.
+        batch_tokens: of an optimizer step, in place of the recipe's.
         reconstruct: steps of Adam for each MLP before the training (`reconstruct.py`).
         freeze: "dense" trains the factored layers only.
         eval_every: tokens between evaluations on held-out blocks.
@@ -154,7 +154,7 @@ def _healed(
     progress: Report | None,
 ) -> HealRecord:
     recipe = _recipe(model, config)
-    check_unquantised(model)
+    check_unquantized(model)
     parts = losses.parse(config.loss or (recipe.taught if teacher else recipe.untaught))
     window = len(next(iter(blocks))["input_ids"])
     dtype = config.dtype or fastest_dtype(model.device)
@@ -262,7 +262,7 @@ def _recipe(model: PreTrainedModel, config: HealConfig) -> Recipe:
 
 
 def _batch(stage: Stage, config: HealConfig, window: int) -> int:
-    """Blocks in an optimiser step, a multiple of the number of processes."""
+    """Blocks in an optimizer step, a multiple of the number of processes."""
     world = int(PartialState().num_processes)
     blocks = (config.batch_tokens or stage.batch_tokens) // window
     return max(1, blocks // world) * world

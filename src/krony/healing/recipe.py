@@ -19,7 +19,7 @@ class Stage:
 
     Attributes:
         share: of the run's tokens.
-        batch_tokens: in an optimiser step.
+        batch_tokens: in an optimizer step.
         learning_rate: after the warm-up.
         final: times the learning rate, where its cosine ends; None: a line to zero instead.
         warmup: steps, but at most a tenth of the stage.
@@ -95,11 +95,11 @@ def factored_layers(model: nn.Module) -> list[nn.Module]:
     return [m for name, m in model.named_modules() if isinstance(m, kinds) or name in narrow]
 
 
-def check_unquantised(model: nn.Module) -> None:
-    """Raises `KronyError` for a model with quantised weights, which have no gradients."""
+def check_unquantized(model: nn.Module) -> None:
+    """Raises `KronyError` for a model with quantized weights, which have no gradients."""
     if any(is_quantized(p) for p in model.parameters()):
         raise KronyError(
-            "the model is quantised, and integers can't be trained; heal it first, then quantise"
+            "the model is quantized, and integers can't be trained; heal it first, then quantize"
         )
 
 

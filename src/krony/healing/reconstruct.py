@@ -110,15 +110,15 @@ def _adam(
         {"params": [p], "lr": RATE * max(float(p.detach().square().mean().sqrt()), 1e-3) * 10}
         for p in parameters
     ]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     size = wanted.float().var(0).sum()
     with torch.enable_grad():
         for _ in range(steps):
             rows = torch.randint(len(x), (min(ROWS, len(x)),), generator=generator).to(x.device)
             error = (mlp(x[rows]) - wanted[rows]).square().sum(-1).mean() / size
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             error.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
-    optimiser.zero_grad()
+    optimizer.zero_grad()

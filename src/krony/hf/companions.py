@@ -1,5 +1,5 @@
 """What lies beside the weights and comes along as it was: configuration, generation settings,
-tokenizer files, licences.
+tokenizer files, licenses.
 
 transformers writes all of these anew, and not as they were: newer names that older readers do not
 know, another class of tokenizer, generation settings only if it finds them valid.
@@ -56,7 +56,7 @@ def companions(
 ) -> None:
     """Put beside a model that is being written into `folder` what belongs to it, as it was.
 
-    Tokenizer files and licences are copied byte for byte from where the model and the tokenizer
+    Tokenizer files and licenses are copied byte for byte from where the model and the tokenizer
     were loaded, unless the tokenizer was changed since, and generation settings likewise, valid or
     not. `config.json`, if it is there already, gets back what transformers renamed or left out,
     and the rotary settings under both their newer and their older names.

@@ -157,7 +157,7 @@ def _by_set(model: PreTrainedModel, name: str) -> list[Target]:
                 )
             if any(is_quantized(p) for p in model.parameters()):
                 raise KronyError(
-                    f"the {name} matrices of this {type(model).__name__} are quantised; start from "
+                    f"the {name} matrices of this {type(model).__name__} are quantized; start from "
                     "the model that it was made from"
                 )
             rest = left_out(model)

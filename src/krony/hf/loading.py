@@ -276,7 +276,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or None where the model has none (a randomly initialised one, say).
+    """The tokenizer, or None where the model has none (a randomly initialized one, say).
 
     One that can't be loaded is said in a warning.
     """

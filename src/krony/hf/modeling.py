@@ -23,7 +23,7 @@ from krony.nn import mlp, packing
 from krony.nn.activations import fuse, restore
 from krony.nn.formed import can_keep
 from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear, is_adapted
-from krony.nn.packing import Quantised
+from krony.nn.packing import Quantized
 from krony.runtime import loader
 from krony.runtime.loader import KroneckerConfig as KroneckerConfig
 from krony.runtime.loader import Plain as Plain
@@ -56,8 +56,8 @@ class KroneckerQuantizer(loader.KroneckerQuantizer):
     ) -> None:
         config = self.quantization_config
         config.plan = Plan.from_dict(config.plan).to_dict()  # with what older files leave out
-        if config.quantised is not None:
-            config.quantised = Quantised.from_dict(config.quantised).to_dict()
+        if config.quantized is not None:
+            config.quantized = Quantized.from_dict(config.quantized).to_dict()
             packing.torchao()
         super()._process_model_before_weight_loading(model)
         if checkpoint_files:
@@ -157,19 +157,19 @@ def form(model: PreTrainedModel) -> list[str]:
             completed.append(matrix.name)
     if formed or completed:
         packed = None
-        if (quantised := quantised_of(model)) is not None:
-            rest = tuple(m for m in quantised.matrices if not _within(m.name, formed))
-            packed = replace(quantised, matrices=rest).to_dict() if rest else None
+        if (quantized := quantized_of(model)) is not None:
+            rest = tuple(m for m in quantized.matrices if not _within(m.name, formed))
+            packed = replace(quantized, matrices=rest).to_dict() if rest else None
         mlp.restore(model)
         attach(model, KroneckerConfig(Plan(tuple(matrices)).to_dict(), config.provenance, packed))
     return formed + completed
 
 
-def quantised_of(model: nn.Module) -> Quantised | None:
-    """What was quantised in a model, and to what; None where nothing is."""
+def quantized_of(model: nn.Module) -> Quantized | None:
+    """What was quantized in a model, and to what; None where nothing is."""
     config = config_of(model)
-    found = None if config is None else config.quantised
-    return None if found is None else Quantised.from_dict(found)
+    found = None if config is None else config.quantized
+    return None if found is None else Quantized.from_dict(found)
 
 
 def _within(name: str, parents: list[str]) -> bool:

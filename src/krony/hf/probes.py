@@ -31,7 +31,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a dense matrix and does nothing else.
 
     Subclasses of `nn.Linear` (Falcon's, say) are tried once; many hold something else than a
-    matrix: quantised layers, routers that also choose.
+    matrix: quantized layers, routers that also choose.
     """
     if not isinstance(module, nn.Linear | Conv1D):
         return False

@@ -231,7 +231,7 @@ def _built(
 ) -> PreTrainedModel:
     with no_init_weights():
         made: Any = type(model)(config).to(model.dtype)  # type: ignore[arg-type]
-    made.tie_weights()  # without initialisation nothing has done so
+    made.tie_weights()  # without initialization nothing has done so
     wanted = own_tensors(made)
     wrong = [n for n, p in wanted.items() if n not in state or state[n].shape != p.shape]
     if wrong:

@@ -18,7 +18,7 @@ from krony.errors import KronyError
 from krony.hf.plan import Plan
 from krony.hf.strict import mapping, read_json, shown
 from krony.hf.whole import WRAPPERS, unwrapped
-from krony.nn.packing import Quantised
+from krony.nn.packing import Quantized
 from krony.runtime.loader import check_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,8 +133,9 @@ def configuration(folder: Path, found: Weights) -> dict[str, Any]:
         except ValueError as error:
             raise KronyError(f"{path}: {error}") from error
         Plan.from_dict(quantization.get("plan"))
-        if quantization.get("quantised") is not None:
-            Quantised.from_dict(quantization["quantised"])
+        for key in ("quantized", "quantised"):  # the latter in files of 0.1
+            if quantization.get(key) is not None:
+                Quantized.from_dict(quantization[key])
     return config
 
 

@@ -1,4 +1,4 @@
-"""Data-aware factorisation: pure functions that fit factors to what a matrix does to its data.
+"""Data-aware factorization: pure functions that fit factors to what a matrix does to its data.
 
 The harm that an error Δ = W - Ŵ in one matrix does to the loss is, to second order and with the
 usual independence of inputs and gradients (K-FAC: Martens and Grosse 2015),
@@ -196,7 +196,7 @@ def refine(
     history = [float(metric.rest(weight - kron.sum_to_dense(pairs), rank)[0])]
     scale = history[0] or 1.0
     rough, target = metric.to(dtype), weight.to(dtype)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         factors,
         max_iter=10,
         history_size=20,
@@ -206,7 +206,7 @@ def refine(
     )
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         error = target - kron.sum_to_dense(_paired(factors))
         with torch.no_grad():
             harm, image = rough.rest(error, rank)
@@ -216,7 +216,7 @@ def refine(
     best = [p.clone() for pair in pairs for p in pair]
     for _ in range(steps if history[0] > 0 else 0):
         with torch.enable_grad():
-            optimiser.step(closure)
+            optimizer.step(closure)
         now = [f.detach().double() for f in factors]
         harm = float(metric.rest(weight - kron.sum_to_dense(_paired(now)), rank)[0])
         if not harm < history[-1]:  # converged to rounding: keep the best

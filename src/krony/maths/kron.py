@@ -113,7 +113,7 @@ def norm(outer: Tensor, inner: Tensor) -> float:
 
 
 def norm_scale(weight: Tensor, outer: Tensor, inner: Tensor) -> float:
-    """α = ‖W‖_F / ‖Ŵ‖_F, the adaptive normalisation of Krony-PT, section III-F (1 if Ŵ is 0)."""
+    """α = ‖W‖_F / ‖Ŵ‖_F, the adaptive normalization of Krony-PT, section III-F (1 if Ŵ is 0)."""
     kept = norm(outer, inner)
     return float(weight.double().norm()) / kept if kept > 0 else 1.0
 
@@ -121,7 +121,7 @@ def norm_scale(weight: Tensor, outer: Tensor, inner: Tensor) -> float:
 def prune(
     weight: Tensor, outer: Shape, inner: Shape, small_is_outer: bool
 ) -> tuple[Tensor, Tensor]:
-    """The pruning initialisation: keep one entry of every block, 0.1 of it at the others.
+    """The pruning initialization: keep one entry of every block, 0.1 of it at the others.
 
     For the paper's shapes, B = [1, 0.1]ᵀ or [1, 0.1], A is every second row or column of W (in the
     "large-outer" layout; in "small-outer" the kept rows are those of the first block). For larger

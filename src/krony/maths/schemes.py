@@ -1,4 +1,4 @@
-"""The design space of Kronecker factorisations: shapes, rank, parameters, multiply-adds.
+"""The design space of Kronecker factorizations: shapes, rank, parameters, multiply-adds.
 
 Also the paper's tables and named models, counted anew (Krony-PT, arXiv 2412.12351, Tables I to
 III). Shapes are written hidden x model, as there: (1536, 384) is the shape of A in c_fc; c_proj

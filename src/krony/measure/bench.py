@@ -1,7 +1,7 @@
 """How fast models are against one of them: the work behind `krony bench`.
 
 The models take turns in one process, so that a machine whose speed drifts drifts for all; ratios
-are taken within a round. Absolute times are those of the machine, its neighbours and its weather.
+are taken within a round. Absolute times are those of the machine, its neighbors and its weather.
 """
 
 import statistics

@@ -5,10 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from krony.hf.families import find_targets
-from krony.hf.modeling import config_of, quantised_of
+from krony.hf.modeling import config_of, quantized_of
 from krony.hf.plan import Plan
 from krony.maths.kron import Shape
-from krony.nn.packing import Quantised, stored_bytes
+from krony.nn.packing import Quantized, stored_bytes
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -18,8 +18,8 @@ def parameters(model: PreTrainedModel) -> int:
 
 def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters as they are stored, tied ones counted once."""
-    quantised = quantised_of(model)
-    to = None if quantised is None else quantised.to
+    quantized = quantized_of(model)
+    to = None if quantized is None else quantized.to
     return sum(stored_bytes(p, to) for p in model.parameters())
 
 
@@ -28,11 +28,11 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         Totals, and under "matrices" one entry for each factored matrix; for a dense model, one for
-        each matrix that `target="all"` would factor, or that is quantised.
+        each matrix that `target="all"` would factor, or that is quantized.
     """
     config = config_of(model)
     plan = Plan(()) if config is None else Plan.from_dict(config.plan)
-    quantised = quantised_of(model)
+    quantized = quantized_of(model)
     rows = [] if config is None else _factored(plan, config.provenance)
     saved = sum(matrix.saved for matrix in plan.matrices)
     total = parameters(model)
@@ -43,10 +43,10 @@ def model_info(model: PreTrainedModel) -> dict[str, Any]:
         "dense_parameters": total + saved,
         "bytes": model_bytes(model),
         "factored": bool(rows),
-        "quantised": quantised and quantised.to,
+        "quantized": quantized and quantized.to,
         "init": config.provenance.get("init") if config else None,
         "seed": config.provenance.get("seed") if config else None,
-        "matrices": rows or _dense(model, quantised),
+        "matrices": rows or _dense(model, quantized),
     }
 
 
@@ -78,11 +78,11 @@ def _factored(plan: Plan, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _dense(model: PreTrainedModel, quantised: Quantised | None) -> list[dict[str, Any]]:
-    packed = [] if quantised is None else quantised.matrices
+def _dense(model: PreTrainedModel, quantized: Quantized | None) -> list[dict[str, Any]]:
+    packed = [] if quantized is None else quantized.matrices
     found: list[tuple[str, Shape, str]] = []
     found += [(t.name, t.shape, t.role) for t in find_targets(model, "all")]
-    found += [(p.name, p.shape, quantised.to) for p in packed if quantised is not None]
+    found += [(p.name, p.shape, quantized.to) for p in packed if quantized is not None]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return [
         {"name": name, "shape": list(shape), "role": role, "parameters": shape[0] * shape[1]}

@@ -133,7 +133,7 @@ def read_bytes(model: PreTrainedModel) -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor; of the parts of one that wraps others (a quantised weight)."""
+    """Bytes of a tensor; of the parts of one that wraps others (a quantized weight)."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(tensor_bytes(getattr(tensor, name)) for name in names)

@@ -54,7 +54,7 @@ def can_keep(layer: Any) -> bool:
     """Whether a layer is to keep W, and what is formed of its factors now will be right until one
     of them changes.
 
-    Not where something else than their own numbers makes the product (hooks, adapters, quantised
+    Not where something else than their own numbers makes the product (hooks, adapters, quantized
     inputs, offloading), nor where they are not real or don't count their changes.
     """
     if not layer.keeps_formed:

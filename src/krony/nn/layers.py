@@ -100,7 +100,7 @@ class KroneckerGroup(plain.KroneckerGroup):
 
     @property
     def is_weight_only(self) -> bool:
-        """Whether `large` is just a quantised weight, of which the numbers can be taken."""
+        """Whether `large` is just a quantized weight, of which the numbers can be taken."""
         large: Any = self.large
         return type(large) is nn.Linear and is_weight_only(large.weight) and not is_hooked(large)
 

@@ -287,7 +287,7 @@ class Once:
 
 def lower(layer: nn.Module) -> Lowered | None:
     """What a layer multiplies by, or None where something else than its numbers makes the product
-    (hooks, adapters, quantised weights, offloading).
+    (hooks, adapters, quantized weights, offloading).
 
     Args:
         layer: a `KroneckerLinear` (with W where it keeps that, and may use it now), a
@@ -390,7 +390,7 @@ def _group(watch: Kept | Once, group: Any) -> LoweredGroup:
     weight = watch.weight(large)
     if not group.is_plain or weight is None:
         raise NotPlainError(
-            "a large factor is more than its numbers (quantised, adapted, sharded, …)"
+            "a large factor is more than its numbers (quantized, adapted, sharded, …)"
         )
     small, scalars, order = (watch.tensor(group, name) for name in ("small", "scalars", "order"))
     return LoweredGroup(

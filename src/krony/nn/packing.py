@@ -20,7 +20,7 @@ GROUP, LEAST_GROUP, MOST_GROUP = 32, 16, 128  # numbers of a row that share a sc
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised linear layer, as `config.json` lists it.
+    """A quantized linear layer, as `config.json` lists it.
 
     Attributes:
         name: its module's name in the model.
@@ -38,8 +38,8 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """What was quantised in a model, and to what; what was left, with the reason."""
+class Quantized:
+    """What was quantized in a model, and to what; what was left, with the reason."""
 
     to: str
     matrices: tuple[Packed, ...]
@@ -50,7 +50,7 @@ class Quantised:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Quantised":
+    def from_dict(cls, data: dict[str, Any]) -> "Quantized":
         """The inverse of `to_dict`. Raises `KronyError` for data of another form."""
         try:
             matrices = tuple(
@@ -60,7 +60,7 @@ class Quantised:
             found = cls(data["to"], matrices, data["kept"])
         except (KeyError, TypeError) as error:
             raise KronyError(
-                f"config.json does not say how the model was quantised ({error!r}); quantise it "
+                f"config.json does not say how the model was quantized ({error!r}); quantize it "
                 "again with krony quantize"
             ) from error
         check_form(found.to)
@@ -70,7 +70,7 @@ class Quantised:
 def check_form(to: str) -> None:
     """Raise `KronyError` for a form that is none of `FORMS`."""
     if to not in FORMS:
-        raise KronyError(f"can't quantise to {to!r}; there are {', '.join(FORMS)}")
+        raise KronyError(f"can't quantize to {to!r}; there are {', '.join(FORMS)}")
 
 
 def group_size(columns: int, to: str) -> int | None:
@@ -98,14 +98,14 @@ def torchao() -> Any:
         _ = found.Int8Tensor, found.IntxUnpackedToInt8Tensor
     except (ImportError, AttributeError) as error:
         raise KronyError(
-            "quantised models need torchao 0.18 or later; install it with pip install "
+            "quantized models need torchao 0.18 or later; install it with pip install "
             "'krony[quantize]'"
         ) from error
     return found
 
 
 def stored_bytes(weight: Tensor, to: str | None) -> int:
-    """Bytes of a weight in the file, quantised to that form or not."""
+    """Bytes of a weight in the file, quantized to that form or not."""
     if to is None or not is_quantized(weight):
         return weight.numel() * weight.element_size()
     return sum(part.nbytes for part in tensors(weight, to).values())

@@ -66,7 +66,7 @@ class KroneckerGroup(nn.Module):
     layers (quantization, adapters, sharding) works on them. Which of the two contraction orders is
     used follows from the shapes alone: the order fixes the layout of that weight.
 
-    Parameters, not initialised:
+    Parameters, not initialized:
         large.weight: (m1, R·n1) when the small factor is mixed in first, else (R·m1, n1).
         small: (R, m2, n2); with `interpolative=True` (R, m2·n2 - R), and a buffer `order` (m2·n2,)
             that says where the unit matrix and these go (`fill`).

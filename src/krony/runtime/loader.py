@@ -10,7 +10,7 @@ sharding. `config.json` says which: `quantization_config` holds
     plan            {"matrices": [{name, shape, groups: [{large, small, terms, layout,
                     interpolative}], scalars, bias, conv1d, embedding, dense_shape, parts, scale}]}
     format          a number, see `FORMAT`
-    quantised       {"to", "matrices": [{name, shape, group, bias, conv1d}], "kept"}, or nothing
+    quantized       {"to", "matrices": [{name, shape, group, bias, conv1d}], "kept"}, or nothing
 """
 
 import copy
@@ -53,31 +53,32 @@ class KroneckerConfig(QuantizationConfigMixin):
 
     Args:
         plan: the shapes of every factored matrix.
-        provenance: how the factors were made (initialisation, seed, error by matrix); only for
+        provenance: how the factors were made (initialization, seed, error by matrix); only for
             people to read, the same for the same input.
-        quantised: what is quantized, only where something is; the plan may be empty then.
+        quantized: what is quantized, only where something is; the plan may be empty then.
         format: `FORMAT` of the krony that wrote it.
     Raises:
         ValueError: a format that is newer than this code.
     """
 
-    quantised: dict[str, Any] | None = None
+    quantized: dict[str, Any] | None = None
 
     def __init__(
         self,
         plan: dict[str, Any],
         provenance: dict[str, Any] | None = None,
-        quantised: dict[str, Any] | None = None,
+        quantized: dict[str, Any] | None = None,
         format: int = 1,
-        **_: Any,
+        **older: Any,
     ) -> None:
         check_format(format)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.plan = plan
         self.provenance = provenance or {}
         self.format = FORMAT
-        if quantised is not None:
-            self.quantised = quantised
+        quantized = quantized or older.get("quantised")  # as 0.1 spelled it
+        if quantized is not None:
+            self.quantized = quantized
 
 
 class KroneckerQuantizer(HfQuantizer):
@@ -110,10 +111,10 @@ class KroneckerQuantizer(HfQuantizer):
         for entry in config.plan["matrices"]:
             weight = model.get_parameter(f"{entry['name']}.weight")
             install(model, entry["name"], self.build(entry, weight))
-            keep_from_initialising(model, entry["name"])
-        if config.quantised is not None:
-            packed, to = _found(model, config.quantised["matrices"]), config.quantised["to"]
-            config.quantised = {**config.quantised, "matrices": packed}
+            keep_from_initializing(model, entry["name"])
+        if config.quantized is not None:
+            packed, to = _found(model, config.quantized["matrices"]), config.quantized["to"]
+            config.quantized = {**config.quantized, "matrices": packed}
             for entry in packed:
                 weight = model.get_parameter(f"{entry['name']}.weight")
                 stored = StoredLinear(entry, to, weight.dtype, weight.device)
@@ -144,9 +145,9 @@ class KroneckerQuantizer(HfQuantizer):
 
     def to_file(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict as the file has it."""
-        weights, quantised = dict(weights), self.quantization_config.quantised or {}
-        for entry in quantised.get("matrices", ()):
-            parts = tensors(weights.pop(f"{entry['name']}.weight"), quantised["to"])
+        weights, quantized = dict(weights), self.quantization_config.quantized or {}
+        for entry in quantized.get("matrices", ()):
+            parts = tensors(weights.pop(f"{entry['name']}.weight"), quantized["to"])
             weights |= {f"{entry['name']}.{name}": part for name, part in parts.items()}
         return {**weights, **{key: torch.empty(0) for key in self._guards()}}
 
@@ -154,9 +155,9 @@ class KroneckerQuantizer(HfQuantizer):
         # Not of matrices that only lost hidden units: those fit no dense model as they are.
         config = self.quantization_config
         names = [entry["name"] for entry in config.plan["matrices"] if entry["groups"]]
-        if config.quantised is not None:  # those that are not large factors
+        if config.quantized is not None:  # those that are not large factors
             starts = tuple(f"{name}.groups." for name in names)
-            packed = [entry["name"] for entry in config.quantised["matrices"]]
+            packed = [entry["name"] for entry in config.quantized["matrices"]]
             names += [name for name in packed if not name.startswith(starts)]
         return [f"{name}.weight" for name in names]
 
@@ -171,7 +172,7 @@ class KroneckerQuantizer(HfQuantizer):
         """
         if absent := [name for name, weight in model.named_parameters() if weight.is_meta]:
             raise ValueError(f"{absent[0]} is offloaded; load the model without that, then fold it")
-        plan, quantised = self.quantization_config.plan, self.quantization_config.quantised or {}
+        plan, quantized = self.quantization_config.plan, self.quantization_config.quantized or {}
         for entry in plan["matrices"]:
             layer = model.get_submodule(entry["name"])
             if isinstance(layer, KroneckerEmbedding):
@@ -179,7 +180,7 @@ class KroneckerQuantizer(HfQuantizer):
             elif isinstance(layer, KroneckerLinear):
                 model.set_submodule(entry["name"], dense_layer(layer, entry["conv1d"], dtype))
         modules = dict(model.named_modules())
-        for entry in quantised.get("matrices", ()):
+        for entry in quantized.get("matrices", ()):
             if (module := modules.get(entry["name"])) is not None:  # else a large factor, gone now
                 weight: Any = module.weight
                 dense = plain_layer(weight.dequantize(), module.bias, entry["conv1d"])
@@ -197,7 +198,7 @@ class KroneckerQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.quantised is None
+        return self.quantization_config.quantized is None
 
     @property
     def is_compileable(self) -> bool:
@@ -362,9 +363,9 @@ def expect(model: PreTrainedModel, keys: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(key) + "$" for key in keys}
 
 
-def keep_from_initialising(model: PreTrainedModel, name: str) -> None:
-    """GPT-2 initialises by name what its MLP holds, and would fill the W that a factored layer
-    forms with noise, to no effect and at the cost of forming it. Unnecessary once it initialises
+def keep_from_initializing(model: PreTrainedModel, name: str) -> None:
+    """GPT-2 initializes by name what its MLP holds, and would fill the W that a factored layer
+    forms with noise, to no effect and at the cost of forming it. Unnecessary once it initializes
     by module."""
     parent: Any = model.get_submodule(name.rpartition(".")[0])
     if not (parent._parameters or parent._buffers):

@@ -101,7 +101,7 @@ class StoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing, in the weight's shape: initialisation code of GPT-2 writes to it."""
+        """Nothing, in the weight's shape: initialization code of GPT-2 writes to it."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def restored(self) -> nn.Linear:

@@ -1,6 +1,6 @@
 """From texts to packed blocks of token ids, through `datasets`: cached, streamed, sharded there.
 
-A block is a row {"input_ids": [window ids]}. Documents are tokenised one by one, each followed by
+A block is a row {"input_ids": [window ids]}. Documents are tokenized one by one, each followed by
 the end-of-text token, joined and cut; the tail of each batch of a thousand documents is dropped.
 """
 
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from krony.errors import KronyError
 from krony.text import data, docstrings, files, sources, tokens
 
-DOCUMENTS = 1000  # tokenised and joined at a time
-PIECE = 1_000_000  # characters; longer documents are tokenised in pieces, cut at line ends
+DOCUMENTS = 1000  # tokenized and joined at a time
+PIECE = 1_000_000  # characters; longer documents are tokenized in pieces, cut at line ends
 SHUFFLE = 10_000  # blocks in the shuffling buffer of a stream
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.01, 256
 
@@ -152,7 +152,7 @@ def pack(
             array = np.insert(array, 0, bos, axis=1)
         return {"input_ids": list(array)}
 
-    options = {} if isinstance(documents, datasets.IterableDataset) else {"desc": "Tokenising"}
+    options = {} if isinstance(documents, datasets.IterableDataset) else {"desc": "Tokenizing"}
     return documents.map(
         join, batched=True, batch_size=DOCUMENTS, remove_columns=["text"], **options
     )
