@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +15,23 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from helpers import healing_inputs, logits, tiny
-from krony import KroneckerLinear, load_tokenizer, save_model
+from krony import KroneckerLinear, cli, load_tokenizer, save_model
 
 BY_WEIGHTS = ["--init", "van-loan", "--layout", "small-outer"]  # seconds: no text is read
 
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
-    """The packaged model at a quarter, by a real process."""
+    """The packaged model at a quarter."""
     folder = tmp_path_factory.mktemp("compressed") / "out"
-    command = [sys.executable, "-m", "krony", "compress", "demo", str(folder)]
-    done = subprocess.run(
-        [*command, "--shape", "512x128", *BY_WEIGHTS, "--dtype", "float32"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "8 matrices: 2,097,152 parameters become 524,320 (25.0 %)" in done.stdout
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        command = ["krony", "compress", "demo", str(folder), "--shape", "512x128"]
+        patch.setattr(sys, "argv", [*command, *BY_WEIGHTS, "--dtype", "float32"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    assert "8 matrices: 2,097,152 parameters become 524,320 (25.0 %)" in said.getvalue()
     return folder
 
 
@@ -322,7 +323,14 @@ def test_bad_input_is_one_sentence(what, corner, run):
     assert not [p for p in root.iterdir() if p.name.startswith(".")], "a temporary file was left"
 
 
-def test_bad_input_in_a_real_process(corner):
+@pytest.mark.slow
+def test_in_a_real_process(corner, tmp_path):
+    command = [sys.executable, "-m", "krony", "compress", "demo", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--small", "2x2", *BY_WEIGHTS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 matrices: 2,097,152 parameters become 524,320 (25.0 %)" in done.stdout
     done = subprocess.run(
         [sys.executable, "-m", "krony", "info", corner["pickle"]], capture_output=True, text=True
     )

@@ -39,6 +39,7 @@ def test_it_is_an_ordinary_directory(made):
     assert not list(made.glob(".plain*")), "finished work stays behind"
 
 
+@pytest.mark.slow
 def test_it_loads_where_krony_is_not(made):
     with torch.inference_mode():
         wanted = krony.load_model(made / "plain")(torch.arange(8)[None]).logits

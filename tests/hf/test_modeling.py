@@ -185,6 +185,7 @@ def test_loading_forms_no_matrix(tmp_path, monkeypatch):
     load_model(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_dequantize_dtype_and_plain_save(tmp_path):
     model = factored()
     expected = logits(model)

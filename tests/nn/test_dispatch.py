@@ -160,6 +160,7 @@ def test_what_is_restricted_runs_in_torch_alone(monkeypatch):
     assert set(called) == {"hidden"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "backend"), [("torch", "torch"), ("decode, mix", "decode")])
 @compiled
 def test_the_environment_restricts(value, backend):
@@ -178,6 +179,7 @@ def test_the_environment_restricts(value, backend):
     assert done.stdout.split() == [backend]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_there_is_none_of_is_refused():
     done = subprocess.run(
         [sys.executable, "-m", "krony", "info", "demo", "--explain"],

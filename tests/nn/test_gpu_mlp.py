@@ -233,6 +233,7 @@ def test_the_operator_is_well_formed_for_torch():
     torch.library.opcheck(operators._step, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or not operators.INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
     in_the_interpreter(__file__)

@@ -152,6 +152,7 @@ def test_a_gpu_on_which_nothing_can_be_launched_takes_the_torch_form(monkeypatch
     assert not operators.launches(device)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or not operators.INSTALLED, reason="needs Triton, and no nesting")
 def test_under_the_interpreter():
     in_the_interpreter(__file__)
