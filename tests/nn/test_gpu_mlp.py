@@ -125,8 +125,7 @@ def close(found, expected, tolerance):
 
 @launches
 @torch.no_grad()
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize(("tokens", "gated"), [(1, False), (6, True)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_few_tokens(name, tokens, gated, launched):
     module = made(name, gated)
