@@ -4,6 +4,7 @@
 # make faults: install, then 200 kills; writes benchmarks/results/faults.json.
 # make lowest: the lowest versions that pyproject.toml allows, in an environment of their own, and
 #   the tests of files and commands with them.
+# make older: directories of every kind, read by transformers 4 in an environment of its own.
 # make release-check: wheel and sdist, each installed into a fresh environment, and the demo there.
 # make docs: install, then the tables of results and the site (site/index.html).
 PYTHON ?= python3
@@ -14,7 +15,7 @@ INSTALLED := .venv/.installed
 
 RELEASE := build/release
 
-.PHONY: demo check test lint docs faults fuzz lowest release-check install
+.PHONY: demo check test lint docs faults fuzz lowest older release-check install
 
 demo: $(INSTALLED)
 	$(BIN)/krony demo
@@ -47,6 +48,16 @@ lowest:
 	build/lowest/bin/python -m pip install --quiet -c build/lowest/constraints.txt . pytest hypothesis
 	build/lowest/bin/python -m pytest -q tests/hf tests/fixtures tests/healing/test_states.py \
 		tests/cli/test_cli.py
+
+# OLDER: a Python that has transformers 4 already.
+OLDER ?= build/older/env/bin/python
+older: $(INSTALLED)
+	test -x $(OLDER) || { $(PYTHON) -m venv build/older/env && \
+		$(OLDER) -m pip install --quiet "$(TORCH)" && \
+		$(OLDER) -m pip install --quiet "transformers==4.57.*" accelerate torchao; }
+	rm -rf build/older/models
+	$(BIN)/python tests/older.py write build/older/models
+	HF_MODULES_CACHE=build/older/modules $(OLDER) tests/older.py read build/older/models
 
 release-check:
 	rm -rf $(RELEASE) && mkdir -p $(RELEASE)

@@ -232,3 +232,17 @@ def test_generation_settings_that_are_invalid_end_no_generation(source):
     model, tokenizer = load_model(source), load_tokenizer(source)
     assert generate(model, tokenizer, "def", 4) == generate(model, tokenizer, "def", 4)
     assert generate(model, tokenizer, "def", 4, temperature=0.5)
+
+
+def test_a_tokenizer_has_a_class_that_version_4_knows(tmp_path):
+    tokenizer = load_tokenizer("demo")
+    tokenizer.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend", "note": "ö"}
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=1))
+    source = hf.AutoTokenizer.from_pretrained(tmp_path / "source")
+    krony.save(llama(), tmp_path / "made", source)
+    made = (tmp_path / "made" / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert made == path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    again = load_tokenizer(tmp_path / "made")
+    assert again("a word")["input_ids"] == tokenizer("a word")["input_ids"]

@@ -23,8 +23,12 @@ what puts the factored layers in place, as config.json says.
 
 import transformers
 
-# By name: transformers copies the files that are imported in this form.
-from .loader import KroneckerQuantizer as _
+# By name, and all of them here: transformers 4 copies the files that are imported in this form, and
+# not those that they import.
+from .layers import KroneckerLinear as _layers
+from .loader import KroneckerQuantizer as _loader
+from .products import to_dense as _products
+from .quantized import quantize_weight as _quantized
 
 
 class {name}(transformers.{name}):

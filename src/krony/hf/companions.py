@@ -48,6 +48,7 @@ GENERATION, CONFIG = "generation_config.json", "config.json"
 # Of a configuration: what says how the weights are stored, or which code reads them, is not the
 # source's business.
 OWN = ("quantization_config", "auto_map", "transformers_version", "torch_dtype", "dtype")
+NEWER_TOKENIZER, OLDER_TOKENIZER = "TokenizersBackend", "PreTrainedTokenizerFast"
 GPT_NEOX = ("gpt_neox", "gpt_neox_japanese")  # the older names of their own
 
 
@@ -56,10 +57,11 @@ def companions(
 ) -> None:
     """Put beside a model that is being written into `folder` what belongs to it, as it was.
 
-    Tokenizer files and licenses are copied byte for byte from where the model and the tokenizer
-    were loaded, unless the tokenizer was changed since, and generation settings likewise, valid or
-    not. `config.json`, if it is there already, gets back what transformers renamed or left out,
-    and the rotary settings under both their newer and their older names.
+    Tokenizer files and licenses are copied byte for byte (but for the name of a class that
+    transformers 4 does not know) from where the model and the tokenizer were loaded, unless the
+    tokenizer was changed since, and generation settings likewise, valid or not. `config.json`,
+    if it is there already, gets back what transformers renamed or left out, and the rotary
+    settings under both their newer and their older names.
 
     Args:
         tokenizer: written by transformers where it was changed, or has no files to copy.
@@ -76,6 +78,7 @@ def companions(
         copied = bool(_copy(theirs, folder, TOKENIZERS))
     if tokenizer is not None and not copied:
         tokenizer.save_pretrained(folder)
+    _older_tokenizer(folder / "tokenizer_config.json")
 
 
 def save_weights(
@@ -237,6 +240,19 @@ def _left_out(source: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]
         elif key.endswith("_config") and isinstance(value, dict) and isinstance(other, dict):
             found[key] = _left_out(value, other)
     return found
+
+
+def _older_tokenizer(path: Path) -> None:
+    """Call the class of a tokenizer that is in tokenizer.json as a whole by the name that
+    transformers 4 knows too: the one word of a tokenizer's files that is not as it was."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        written = json.loads(text)
+    except (OSError, ValueError):  # none there, or none that anybody could read
+        return
+    if isinstance(written, dict) and written.get("tokenizer_class") == NEWER_TOKENIZER:
+        old = json.dumps(NEWER_TOKENIZER)
+        path.write_text(text.replace(old, json.dumps(OLDER_TOKENIZER)), encoding="utf-8")
 
 
 def _older(config: dict[str, Any]) -> dict[str, Any]:

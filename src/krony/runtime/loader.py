@@ -105,7 +105,7 @@ class KroneckerQuantizer(HfQuantizer):
         # the other way round; from here on it speaks of this model.
         config.plan = {**config.plan, "matrices": _found(model, config.plan["matrices"])}
         own = {f"{entry['name']}.weight" for entry in config.plan["matrices"]}
-        tied = model.all_tied_weights_keys
+        tied = tied_keys(model)
         if own & tied.keys():  # a configuration that says tied, and factors of the head's own
             tie(model, {key: source for key, source in tied.items() if key not in own})
         for entry in config.plan["matrices"]:
@@ -193,7 +193,7 @@ class KroneckerQuantizer(HfQuantizer):
         quantizer.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
     @property
@@ -304,9 +304,14 @@ def install(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
     model.set_submodule(name, layer)
     if not isinstance(layer, KroneckerEmbedding):
         return
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise ValueError(
+            "a factored embedding needs transformers 5 or later; update it, or fold the model "
+            "where krony is: krony export --to dense"
+        )
     layer.padding_idx, layer.plain = before.padding_idx, type(before)
     tied: dict[str, str] = {}
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in tied_keys(model).items():
         if source == f"{name}.weight":
             head = target.removesuffix(".weight")
             model.set_submodule(head, layer.tied_linear())
@@ -317,9 +322,15 @@ def install(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
     tie(model, tied)
 
 
+def tied_keys(model: PreTrainedModel) -> dict[str, str]:
+    """Names of weights that are another one's, and whose; transformers 4 does not say whose, and
+    ties nothing but output matrices to the embedding, which stays as it is there."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def tied_to(model: PreTrainedModel, name: str) -> set[str]:
     """Names of the output matrices that share the factors of the embedding `name`."""
-    keys, start = model.all_tied_weights_keys.items(), f"{name}.groups."
+    keys, start = tied_keys(model).items(), f"{name}.groups."
     return {target.partition(".groups.")[0] for target, source in keys if source.startswith(start)}
 
 
@@ -360,7 +371,9 @@ def expect(model: PreTrainedModel, keys: Iterable[str]) -> None:
     may carry the prefix of another head. Unnecessary once a quantizer can name them.
     """
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(key) + "$" for key in keys}
+    kind: Any = set if hasattr(model, "all_tied_weights_keys") else list  # of transformers 5, 4
+    wanted = ignored | {re.escape(key) + "$" for key in keys}
+    model._keys_to_ignore_on_load_unexpected = kind(sorted(wanted))
 
 
 def keep_from_initializing(model: PreTrainedModel, name: str) -> None:
