@@ -18,7 +18,7 @@ FLOORS: list[list[str]] = [
     ["hf"],
     ["measure"],
     ["compression", "healing", "export"],
-    ["compare", "demo"],
+    ["compare", "demo", "report"],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -36,6 +36,7 @@ from krony.cli.options import (
     out,
     progress_bar,
 )
+from krony.cli.report import report_command
 from krony.cli.verify import verify_command
 from krony.errors import KronyError
 from krony.maths import schemes
@@ -77,6 +78,7 @@ command(
 )(compare_command)
 command("evaluate", MEASURE, "small --against demo --data python-docs")(evaluate_command)
 command("bench", MEASURE, "small --against demo")(bench_command)
+command("report", MEASURE, "small -o report.html")(report_command)
 command("export", ELSEWHERE, "small small-onnx --to onnx")(export_command)
 command("verify", ELSEWHERE, "small")(verify_command)
 
