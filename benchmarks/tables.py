@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 
+import tables_compare
 import tables_healing
 import tables_quality
 import tables_speed
@@ -21,7 +22,7 @@ NOTE = "<!-- Made by `make docs` from results.in.md and benchmarks/results: edit
 README = DOCS.parent / "README.md"
 MARKED = re.compile(r"(<!-- table -->).*?(<!-- /table -->)", re.DOTALL)
 PLACE = re.compile(r"^\{\{ (.+) \}\}$", re.MULTILINE)
-__all__ = ["page", "readme", "tables_healing", "tables_quality", "tables_speed"]
+__all__ = ["page", "readme", "tables_compare", "tables_healing", "tables_quality", "tables_speed"]
 
 
 def page() -> str:
