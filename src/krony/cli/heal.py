@@ -138,7 +138,7 @@ def heal_command(
         str | None,
         typer.Option(
             metavar="COUNT",
-            help="Tokens between evaluations. Default: a twentieth.",
+            help="Tokens between evaluations. Default: a twentieth, more in short runs.",
             rich_help_panel=RUN,
         ),
     ] = None,

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 
 from krony.errors import KronyError
-from krony.healing import curves, losses
+from krony.healing import curves, losses, pace
 from krony.healing.objective import Objective, borrowed, returning_loss
 from krony.healing.recipe import (
     RECIPES,
@@ -45,7 +45,6 @@ from krony.text.blocks import Blocks
 SETTINGS, CURVE, FINAL = "settings.json", "curve.json", "final"
 NAMES = {"loss": "loss", "eval_loss": "held-out"}  # in transformers' log and in ours
 RECONSTRUCTED = 64  # blocks that MLPs are reconstructed on
-EVALUATIONS = 20  # in a run, if nothing else is asked for
 MICRO_TOKENS = {"cpu": 4096, "cuda": 32_768}  # most tokens in one forward and backward pass
 
 
@@ -62,7 +61,7 @@ class HealConfig:
         batch_tokens: of an optimizer step, in place of the recipe's.
         reconstruct: steps of Adam for each MLP before the training (`reconstruct.py`).
         freeze: "dense" trains the factored layers only.
-        eval_every: tokens between evaluations on held-out blocks.
+        eval_every: tokens between evaluations on held-out blocks; None: see `pace.py`.
         save_minutes: between checkpoints; `keep` is how many stay.
         dtype: of autocast: "bfloat16", "float32", or None for the faster one.
         micro_tokens: most tokens in one pass of one process; None: by device.
@@ -130,7 +129,8 @@ def heal(
     Args:
         blocks: rows of "input_ids", all of one length; see `blocks.load_blocks`.
         run: directory for checkpoints; must not exist unless `resume`.
-        evaluation: held-out blocks.
+        evaluation: held-out blocks; without `eval_every` so many of them that all evaluations take
+            about a tenth of the run (`pace.py`).
         teacher: the dense model, for "kl" and "features".
         progress: called with (what, step, steps) after every step, and once more with the same
             step after an evaluation.
@@ -169,6 +169,9 @@ def _healed(
         check_present(needed, "heal with the model")
     settings = _settled(run, settings, resume)
     dtype = settings["dtype"]
+    if config.eval_every is None:
+        evaluation, every = pace.evaluations(config.tokens, evaluation, window)
+        config = replace(config, eval_every=every)
     objective = Objective(model, parts, teacher, config.temperature)
     stages = [s for s in recipe.stages if _steps(s, config, window) > 0] or [recipe.stages[0]]
     for stage in stages:
@@ -322,7 +325,6 @@ def _trainer(
     most = max(1, (config.micro_tokens or MICRO_TOKENS.get(device, 8192)) // window)
     share = size // state.num_processes
     micro = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
-    every = config.eval_every or config.tokens // EVALUATIONS
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -339,7 +341,7 @@ def _trainer(
         activation_checkpointing=config.gradient_checkpointing,
         torch_compile=config.compile,
         eval_strategy="steps",
-        eval_steps=max(1, every // (size * window)),
+        eval_steps=max(1, (config.eval_every or config.tokens) // (size * window)),
         eval_on_start=folder.name == "stage-0",
         save_strategy="no",  # by the clock instead, see Watch
         save_total_limit=max(2, config.keep),

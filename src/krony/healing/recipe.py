@@ -69,9 +69,11 @@ def krony_pt(width: int, tokens: int) -> Recipe:
 def default(width: int, tokens: int) -> Recipe:
     """What did best at small budgets on the packaged model (docs/results.md).
 
-    About two thousand steps of 512 to 122k tokens; the learning rate falls with the model's width.
+    About two thousand steps of up to 122k tokens; the learning rate falls with the model's width.
+    Muon's iterations cost what some tokens cost, in proportion to the width, so that a step has at
+    least two tokens for each of it.
     """
-    batch = min(max(tokens // 2000, 512), 122_880)
+    batch = min(max(tokens // 2000, 512, 2 * width), 122_880)
     stage = Stage(batch, 1.5e-3 * 256 / width, None, 50)
     return Recipe((stage,), betas=(0.9, 0.99), decay=0.0, muon=True)
 
