@@ -36,6 +36,7 @@ from krony.cli.options import (
     out,
     progress_bar,
 )
+from krony.cli.push import push_command
 from krony.cli.report import report_command
 from krony.cli.verify import verify_command
 from krony.errors import KronyError
@@ -80,6 +81,7 @@ command("evaluate", MEASURE, "small --against demo --data python-docs")(evaluate
 command("bench", MEASURE, "small --against demo")(bench_command)
 command("report", MEASURE, "small -o report.html")(report_command)
 command("export", ELSEWHERE, "small small-onnx --to onnx")(export_command)
+command("push", ELSEWHERE, "small owner/small --dry-run")(push_command)
 command("verify", ELSEWHERE, "small")(verify_command)
 
 
