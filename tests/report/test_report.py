@@ -14,6 +14,7 @@ from krony import KronyError
 from krony.measure import info
 from krony.report import charts
 from krony.report.charts import Point
+from krony.report.models import predicted
 from krony.report.page import report
 from krony.report.read import directory
 
@@ -60,6 +61,7 @@ def given(tmp_path_factory):
     windows = krony.calibration_windows("self", model, None, 4, 16)
     found = krony.make_budget_plan(model, windows, share=0.6, target="all")
     krony.compress(model, found.plan, init="data", calibration=windows, moments=found.moments)
+    model.config.quantization_config.provenance["predicted_harm"] = found.harm
     krony.save_model(model, tmp_path / "small")
     settings = {"tokens": 9000, "loss": "kl", "recipe": "default", "dtype": "float32", "seed": 3}
     curve = [{"tokens": t, "held_out": 5 - t / 9000, "training": 5.0} for t in (0, 4500, 9000)]
@@ -122,6 +124,10 @@ def test_predicted_harm_stands_beside_what_was_measured(given):
     part = words[words.index("Harm, predicted and measured") :]
     nats = 33.75**0.1 - 20**0.1
     assert f"{nats:.3f} healed" in part
+    small = directory(given[1])
+    assert small.provenance["predicted_harm"] == predicted(small)
+    del small.provenance["predicted_harm"]  # then it is known only where all units are there
+    assert (predicted(small) is None) == any(m.narrowed for m in small.plan.matrices)
 
 
 def test_a_directory_is_read_without_loading_it(given):

@@ -47,10 +47,15 @@ def model(found: Directory) -> Part:
 
 
 def predicted(found: Directory) -> float | None:
-    """Nats a token that the plan was predicted to cost."""
+    """Nats a token that the plan was predicted to cost; None where a part of it is not known.
+
+    Matrices say what their fits cost, not what the hidden units cost that were taken out before.
+    """
     total = found.provenance.get("predicted_harm")
     if isinstance(total, int | float):
         return float(total)
+    if found.plan is None or any(m.narrowed for m in found.plan.matrices):
+        return None
     measured = found.provenance.get("matrices")
     each = [m["harm"] for m in (measured or {}).values() if isinstance(m, dict) and "harm" in m]
     return math.fsum(each) if each else None
