@@ -9,7 +9,8 @@ from krony.cli import tables
 from krony.cli.options import OUTPUT, Destination, Source, StoredDtype, out
 from krony.errors import KronyError
 
-Form = Literal["dense", "onnx", "self-contained"]
+Form = Literal["dense", "onnx", "self-contained", "gguf"]
+GGUFType = Literal["f16", "bf16", "q8_0", "q4_0"]
 
 
 def quantize_command(
@@ -57,10 +58,15 @@ def export_command(
         Form,
         typer.Option(
             help="dense: an ordinary Hugging Face model; onnx: the factored graph; self-contained: "
-            "with the code that loads it where krony is not installed.",
+            "with the code that loads it where krony is not installed; gguf: one file, for "
+            "llama.cpp.",
             rich_help_panel=OUTPUT,
         ),
     ] = "dense",
+    stored: Annotated[
+        GGUFType,
+        typer.Option("--type", help="Of the matrices in a GGUF file.", rich_help_panel=OUTPUT),
+    ] = "f16",
     dtype: StoredDtype = None,
 ) -> None:
     """Write a model for where krony is not installed."""
@@ -75,6 +81,17 @@ def export_command(
     checkpoints.check_destination(destination)
     tokenizer = checkpoints.find_tokenizer(source)
     wanted = checkpoints.DTYPES[dtype] if dtype else None
+    if to == "gguf":
+        from krony.export.gguf import gguf
+
+        model = checkpoints.load_model(source)
+        for name in gguf(model, destination, tokenizer, stored):
+            out.print(f"{name} is in f16: no blocks of 32 in its rows", markup=False)
+        size = tables.megabytes(destination.stat().st_size)
+        out.print(
+            f"Wrote {destination}: gguf in {stored}, {info.parameters(model):,} parameters, {size}"
+        )
+        return
     if to == "onnx":
         model = checkpoints.load_model(source, wanted or torch.float32)
         difference = onnx(model, destination, tokenizer)

@@ -24,6 +24,7 @@ from krony.hf import (
     ties,
     vetting,
 )
+from krony.hf.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from krony.hf.whole import unwrapped
 from krony.nn.activations import fuse
 from krony.runtime.layers import is_quantized
@@ -114,6 +115,13 @@ def load_model(
             shape, or with NaN in it; a factor that differs from its checksum; an encoder; files
             that say what can't be.
     """
+    if is_gguf(source):
+        made_of_file = load_gguf(source, dtype)
+        _check_finite(str(source), made_of_file)
+        fuse(made_of_file)
+        if device is not None:
+            made_of_file.to(torch.device(device))  # type: ignore[arg-type]
+        return made_of_file.eval()
     folder = Path(resolve(source))
     found = vetting.weights(folder)
     vetting.configuration(folder, found)
@@ -257,13 +265,16 @@ def _keep_left_over(
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that travels with a model. Raises `KronyError` if there is none."""
-    path = resolve(source)
+    path = str(source) if is_gguf(source) else resolve(source)
     missing = (
         f"{source} has no tokenizer that transformers can load{{}}; copy the tokenizer files of "
         "the original model into it"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if is_gguf(source):
+            tokenizer = load_gguf_tokenizer(source)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the Rust library's panic is no Exception
@@ -283,7 +294,7 @@ def find_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(source)
     except KronyError as error:
-        folder = Path(resolve(source))
+        folder = Path(source).parent if is_gguf(source) else Path(resolve(source))
         if any(folder.glob("tokenizer*")) or any(folder.glob("*.model")):
             warnings.warn(f"texts can't be read: {error}", stacklevel=2)
         return None

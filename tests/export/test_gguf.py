@@ -1,0 +1,101 @@
+"""GGUF files read back through transformers, and run in llama.cpp where it is installed."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+import krony
+from helpers import tiny
+from krony.export.gguf import gguf
+from krony.hf.gguf import PRE, pre_tokenizer_name
+from older import IDS, PLAIN, TEXT, configurations
+
+# Of the largest logit: what rounding of the matrices does to tiny random models.
+ROUNDING = {"f16": 2e-3, "bf16": 1e-2, "q8_0": 3e-2, "q4_0": 0.2}
+
+
+def made(family: str) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = configurations()[family]
+    if family == "llama":
+        config.rope_parameters = PLAIN  # transformers reads no scaled frequencies from GGUF
+    return hf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("to", ROUNDING)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_it_comes_back(family, to, tmp_path):
+    model, tokenizer = made(family), krony.load_tokenizer("demo")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert gguf(model, tmp_path / "a.gguf", tokenizer, to) == []
+    again, words = krony.load(tmp_path / "a.gguf", torch.float32)
+    with torch.inference_mode():
+        found, wanted = again(IDS).logits, model(IDS).logits
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < ROUNDING[to]
+    assert words(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    assert words.chat_template == tokenizer.chat_template
+    assert krony.save(again, tmp_path / "dir", words).is_dir()
+    assert "quantization_config" not in json.loads((tmp_path / "dir/config.json").read_text())
+
+
+def test_a_smaller_one_from_a_file(tmp_path, run):
+    gguf(made("llama"), tmp_path / "a.gguf", krony.load_tokenizer("demo"))
+    (tmp_path / "text.txt").write_text("Return the number of items in the list. " * 400)
+    small, smaller = tmp_path / "small", tmp_path / "small.gguf"
+    code, _, err = run(
+        "compress", tmp_path / "a.gguf", small, "--structure", "plain", "--budget", "0.7",
+        "--calibration", tmp_path / "text.txt", "--windows", "16",
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = run("export", small, smaller, "--to", "gguf", "--type", "q8_0")
+    assert code == 0, err
+    assert smaller.stat().st_size < (tmp_path / "a.gguf").stat().st_size
+    assert krony.load_model(smaller).config.num_hidden_layers <= 2
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(krony.KronyError, match="a GGUF file of a phi can't be written"):
+        gguf(tiny("phi"), tmp_path / "a.gguf")
+    model = tiny("llama")
+    krony.compress(model, krony.make_plan(model, small=(2, 2)), init="van-loan")
+    with pytest.raises(krony.KronyError, match="GGUF has no factored layers"):
+        gguf(model, tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(krony.KronyError, match="can't load the model"):
+        krony.load_model(tmp_path / "b.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize("name", PRE)
+def test_ways_to_split_texts_have_names(name):
+    assert pre_tokenizer_name(json.loads(PRE[name]().__getstate__())) == name
+
+
+def test_no_other_has():
+    with pytest.raises(krony.KronyError, match="Metaspace"):
+        pre_tokenizer_name({"type": "Metaspace"})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_llama_cpp_agrees(family, tmp_path):
+    """The same greedy tokens, and logits within rounding; scaled frequencies of Llama 3 too."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(configurations()[family]).eval()
+    gguf(model, tmp_path / "a.gguf", krony.load_tokenizer("demo"))
+    other = llama_cpp.Llama(
+        str(tmp_path / "a.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False
+    )
+    ids = IDS[0].tolist()
+    assert (
+        other.tokenize(TEXT.encode(), add_bos=False, special=False)
+        == (krony.load_tokenizer("demo")(TEXT)["input_ids"])
+    )
+    other.eval(ids)
+    found = torch.tensor(other.scores[: len(ids)])
+    with torch.inference_mode():
+        wanted = model(IDS[:1]).logits[0]
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-2
+    assert (found.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
