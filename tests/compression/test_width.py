@@ -193,7 +193,7 @@ def test_a_budget_takes_out_what_is_there_twice(family):
         errors.append(float((logits(model) - expected).norm()))
         harms.append(found.harm)
     assert errors[0] < 0.5 * errors[1]
-    assert harms[0] < 0.1 * harms[1]
+    assert harms[0] < 0.2 * harms[1]  # what rounding hides weighs something
 
 
 def test_half_precision_does_not_keep_units():

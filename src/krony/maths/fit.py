@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
 STEPS = 12  # of ten L-BFGS iterations each; fewer where they gain little
 ENOUGH = 8  # tokens an input: from there on a sample's correlations are taken as they are
-ROUNDING = 1e-6  # of E[x²]: what products of a few thousand tokens in float32 leave open
+ROUNDING = 1e-5  # of E[x²]: what products of a few thousand tokens in float32 leave open
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
 
