@@ -291,7 +291,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 kept = sys.argv[1] == "keep" and keep_memory()
-for _ in range(3):
+for _ in range(20):  # small blocks settle first
     torch.ones(16_000_000)
 before = faults()
 torch.ones(16_000_000)
