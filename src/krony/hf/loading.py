@@ -121,7 +121,8 @@ def load_model(
         fuse(made_of_file)
         if device is not None:
             made_of_file.to(torch.device(device))  # type: ignore[arg-type]
-        return made_of_file.eval()
+        made_of_file.eval()
+        return made_of_file
     folder = Path(resolve(source))
     found = vetting.weights(folder)
     vetting.configuration(folder, found)
