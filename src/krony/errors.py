@@ -1,4 +1,4 @@
-"""The one exception that krony raises for input it can't use."""
+"""The one exception that krony raises for input it can't use, and what others' errors say."""
 
 
 class KronyError(ValueError):
@@ -8,3 +8,9 @@ class KronyError(ValueError):
     """
 
     exit_code = 2
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of another library's message, cut; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:most]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -41,9 +41,6 @@ from krony.cli.report import report_command
 from krony.cli.verify import verify_command
 from krony.errors import KronyError
 from krony.maths import schemes
-
-if TYPE_CHECKING:
-    pass
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 

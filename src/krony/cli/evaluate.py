@@ -119,11 +119,13 @@ def evaluate_command(
 
 def _scores_table(scores: dict[str, dict[str, dict[str, Any]]]) -> "Table":
     """A row a figure, a column a model."""
+    from krony.measure.tasks import is_score
+
     made = tables.table("Tasks of lm-eval", "task", "figure", *scores)
     first = next(iter(scores.values()))
     for task, figures in first.items():
         for figure in figures:
-            if figure in ("sample_len", "examples", "version") or figure.endswith("_stderr"):
+            if not is_score(figure):
                 continue
             values = [each[task].get(figure) for each in scores.values()]
             shown = ["-" if value is None else _figure(value) for value in values]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import krony
 from krony.compare.evidence import Evidence
 from krony.compare.methods import METHODS, Method
+from krony.compression.plain import matrices
 from krony.compression.work import Work
 from krony.errors import KronyError
 from krony.healing.training import Stopped
@@ -189,12 +190,7 @@ class Comparison:
         """Parameters of the whole model, and the share of the blocks' matrices that is left."""
         parameters = info.parameters(model)
         gone = info.parameters(self.base) - parameters
-        return {"parameters": parameters, "share": 1 - gone / self.evidence_matrices}
-
-    @cached_property
-    def evidence_matrices(self) -> int:
-        """Parameters that budgets are shares of."""
-        return Evidence(self.base, torch.zeros(0)).matrices
+        return {"parameters": parameters, "share": 1 - gone / matrices(self.base)}
 
     def evaluated(self, model: PreTrainedModel) -> Row:
         """Perplexity on every text, and last words where it is one of passages.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import krony
 from krony.compare.evidence import Evidence
+from krony.compression.plain import matrices
 from krony.errors import KronyError
 from krony.hf.families import find_targets
 from krony.hf.plan import Plan, make_plan
@@ -50,7 +51,7 @@ def mlp_share(evidence: Evidence, share: float) -> float:
     Raises:
         KronyError: nothing.
     """
-    mlp = sum(t.shape[0] * t.shape[1] for t in find_targets(evidence.model, "mlp"))
+    mlp = matrices(evidence.model, "mlp")
     left = 1 - evidence.removed(share) / mlp
     if left <= 0:
         raise KronyError(
@@ -63,10 +64,8 @@ def mlp_share(evidence: Evidence, share: float) -> float:
 
 def sum_plan(evidence: Evidence, share: float) -> Plan:
     """The same small factor and the same number of terms for all MLPs, nearest below the budget."""
-    left, shapes = (
-        mlp_share(evidence, share),
-        [t.shape for t in find_targets(evidence.model, "mlp")],
-    )
+    left = mlp_share(evidence, share)
+    shapes = [t.shape for t in find_targets(evidence.model, "mlp")]
     whole = sum(m * n for m, n in shapes)
     best: tuple[float, int, int, int] | None = None
     for area, p, q in sorted((p * q, p, q) for p in SIDES for q in SIDES if p * q > 1):

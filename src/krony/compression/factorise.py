@@ -35,12 +35,10 @@ from krony.hf.modeling import (
 from krony.hf.offload import check_present
 from krony.hf.plan import MatrixPlan, Plan
 from krony.nn.layers import KroneckerLinear
+from krony.words import DATA as DATA
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Known = Moments | RowMetric  # what calibration found out about one matrix
-
-
-DATA = "data"
 
 
 def compress(

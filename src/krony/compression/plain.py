@@ -435,7 +435,7 @@ def _kept(
             continue
         found[i] = Kept()
         if choice.sizes.width < body.sizes.width and i in units:
-            found[i].units, found[i].down, _ = units[i].kept(choice.sizes.width)
+            found[i].units, found[i].down = units[i].kept(choice.sizes.width)
         shape = choice.sizes.groups, choice.sizes.heads
         if i in heads and shape != (body.sizes.groups, body.sizes.heads):
             found[i].heads, found[i].groups, _ = heads[i].kept[shape]

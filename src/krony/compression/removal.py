@@ -40,15 +40,19 @@ class Reader:
         second = inputs.weighing(centered=bias is not None)
         return cls(weight, Metric.of(second, moments.gradient, len(weight)), inputs.mean, bias)
 
-    def with_only(self, kept: Tensor) -> tuple[tuple[Tensor, Tensor | None], float]:
-        """The matrix (m, kept) and the bias that do the most with these columns, and the harm."""
+    def solved(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The matrix (m, kept) and the bias that do the most with these columns."""
         made = width.compensated(self.weight, self.metric.inputs, kept)
-        lost = self.weight.clone()
-        lost[:, kept] -= made
         bias = self.bias
         if bias is not None:
             bias = bias + self.weight @ self.mean - made @ self.mean[kept]
-        return (made, bias), self.metric.harm(lost)
+        return made, bias
+
+    def harm(self, kept: Tensor) -> float:
+        """Nats a token of the columns that are gone, as well as these can make up for them."""
+        lost = self.weight.clone()
+        lost[:, kept] -= width.compensated(self.weight, self.metric.inputs, kept)
+        return self.metric.harm(lost)
 
 
 class Units:
@@ -71,16 +75,16 @@ class Units:
         reader = read()
         self.order = width.order(name, reader.weight, reader.metric, work)
         picked = sorted({widths[round(i)] for i in _spaced(len(widths), PRICED)})
-        harms = [reader.with_only(self._last(w))[1] for w in picked]
+        harms = [reader.harm(self._last(w)) for w in picked]
         self._harms = dict(zip(picked, harms, strict=True))
 
     def _last(self, hidden: int) -> Tensor:
         return self.order[-hidden:].sort().values
 
-    def kept(self, hidden: int) -> tuple[Tensor, tuple[Tensor, Tensor | None], float]:
-        """The units of a width, the matrix and bias that read them, and the harm."""
+    def kept(self, hidden: int) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        """The units of a width, and the matrix and bias that read them."""
         units = self._last(hidden)
-        return units, *self._read().with_only(units)
+        return units, self._read().solved(units)
 
     def harm(self, hidden: int) -> float:
         """Of a width, in nats a token."""
@@ -109,13 +113,14 @@ class Heads:
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
         reader = read()
 
+        def stay(members: dict[int, list[int]]) -> Tensor:
+            return torch.tensor([h for g in sorted(members) for h in members[g]])
+
         def harm(members: dict[int, list[int]]) -> float:
-            stay = [h for g in sorted(members) for h in members[g]]
-            return reader.with_only(columns_of(torch.tensor(stay), size))[1]
+            return reader.harm(columns_of(stay(members), size))
 
         def note(members: dict[int, list[int]], groups: int, heads: int) -> None:
-            stay = torch.tensor([h for g in sorted(members) for h in members[g]])
-            self.kept[groups, heads] = stay, torch.tensor(sorted(members)), harm(members)
+            self.kept[groups, heads] = stay(members), torch.tensor(sorted(members)), harm(members)
 
         members = {
             g: list(range(g * sizes.heads, (g + 1) * sizes.heads)) for g in range(sizes.groups)
@@ -134,7 +139,7 @@ class Heads:
 
     def output(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """The matrix and the bias that read the heads of this shape."""
-        return self._read().with_only(columns_of(self.kept[shape][0], self._size))[0]
+        return self._read().solved(columns_of(self.kept[shape][0], self._size))
 
 
 def _spaced(length: int, count: int) -> list[float]:

@@ -7,8 +7,7 @@ block also makes up for the errors of those before it, and for the blocks taken 
 far as its inputs tell (sequential.py does the same for factors).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,18 +61,17 @@ def settle(
                 output = part.attention.output.removeprefix(name + ".")
                 down = "" if part.mlp is None else part.mlp.down.name.removeprefix(name + ".")
                 lift = _is_added(followed, index, block, output, down, hidden[0])
-                pairing = _attention(
+                batches = _attention(
                     followed, index, block, wanted, first, theirs[first], output, hidden, goal, lift
                 )
-                _put(block.get_submodule(output), pairing)
+                _put(block.get_submodule(output), _summed(batches))
             for number in range(first, end):
                 goal = [wanted.run(number, theirs[number], h) for h in goal]
             if part.mlp is not None:
                 down = part.mlp.down.name.removeprefix(name + ".")
                 if _writes_last(followed, index, block, down, hidden[0]):
-                    _put(
-                        block.get_submodule(down), _mlp(followed, index, block, down, hidden, goal)
-                    )
+                    batches = _mlp(followed, index, block, down, hidden, goal)
+                    _put(block.get_submodule(down), _summed(batches))
             hidden = [followed.run(index, block, h) for h in hidden]
             if progress is not None:
                 progress(index + 1, len(own))
@@ -85,9 +83,9 @@ def _writes_last(
     """Whether the block's output is what the matrix writes plus what does not depend on it."""
     with replay.captured({name: block.get_submodule(name)}, outputs=True) as seen:
         full = stream.run(index, block, hidden)
-    with _silent(block, name):
+    with replay.silent(block.get_submodule(name)):
         rest = stream.run(index, block, hidden)
-    return _alike(full - rest, seen[name])
+    return _same(full - rest, seen[name])
 
 
 def _is_added(
@@ -96,26 +94,15 @@ def _is_added(
     """Whether what attention writes is added to the residual stream as it is."""
     if not down:
         return False
-    with _silent(block, down), replay.captured({output: block.get_submodule(output)}, True) as seen:
+    layer = {output: block.get_submodule(output)}
+    with replay.silent(block.get_submodule(down)), replay.captured(layer, outputs=True) as seen:
         full = stream.run(index, block, hidden)
-    return _alike(full - hidden, seen[output])
+    return _same(full - hidden, seen[output])
 
 
-def _alike(found: Tensor, written: Tensor) -> bool:
-    if found.numel() != written.numel():
-        return False
+def _same(found: Tensor, written: Tensor) -> bool:
     # Blocks of some families make one row of tokens of a batch on the way.
-    return bool((found.reshape_as(written) - written).norm() <= 1e-3 * written.norm())
-
-
-@contextmanager
-def _silent(block: nn.Module, name: str) -> Iterator[None]:
-    """Inside, that matrix writes nothing."""
-    handle = block.get_submodule(name).register_forward_hook(lambda _, __, y: torch.zeros_like(y))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return found.numel() == written.numel() and replay.alike(found, written)
 
 
 def _mlp(
@@ -125,17 +112,16 @@ def _mlp(
     name: str,
     hidden: Sequence[Tensor],
     goal: Sequence[Tensor],
-) -> Pairing:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What the matrix reads, with what it would have to write for the block to reach the goal."""
-    layer, found = {name: block.get_submodule(name)}, _Sums()
+    layer = {name: block.get_submodule(name)}
     for here, there in zip(hidden, goal, strict=True):
         with (
             replay.captured(layer, outputs=True) as outputs,
             replay.captured(layer, outputs=False) as inputs,
         ):
             now = stream.run(index, block, here)
-        found.add(inputs[name], outputs[name] + (there - now).reshape_as(outputs[name]))
-    return found.pairing
+        yield inputs[name], outputs[name] + (there - now).reshape_as(outputs[name])
 
 
 def _attention(
@@ -149,34 +135,29 @@ def _attention(
     hidden: Sequence[Tensor],
     goal: Sequence[Tensor],
     lift: bool,
-) -> Pairing:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What the matrix reads, with what the dense one writes; with `lift` also the error that the
     stream carries."""
-    layer, found = {name: block.get_submodule(name)}, _Sums()
+    layer = {name: block.get_submodule(name)}
     original = {name: dense.get_submodule(name)}
     for here, there in zip(hidden, goal, strict=True):
         with replay.captured(layer, outputs=False, stop=True) as inputs:
             stream.run(index, block, here)
         with replay.captured(original, outputs=True, stop=True) as outputs:
             wanted.run(number, dense, there)
-        found.add(inputs[name], outputs[name] + (there - here) if lift else outputs[name])
-    return found.pairing
+        yield inputs[name], outputs[name] + (there - here) if lift else outputs[name]
 
 
-class _Sums:
-    """A pairing that is made with the first batch."""
-
-    pairing: Pairing
-
-    def __init__(self) -> None:
-        self._begun = False
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        if not self._begun:
-            self.pairing = Pairing.zeros(y.shape[-1], Inputs.zeros(x.shape[-1], x.device))
-            self._begun = True
-        self.pairing.inputs.add(x)
-        self.pairing.add(x, y)
+def _summed(batches: Iterable[tuple[Tensor, Tensor]]) -> Pairing:
+    """The moments of (inputs, outputs) of all batches."""
+    found: Pairing | None = None
+    for x, y in batches:
+        if found is None:
+            found = Pairing.zeros(y.shape[-1], Inputs.zeros(x.shape[-1], x.device))
+        found.inputs.add(x)
+        found.add(x, y)
+    assert found is not None
+    return found
 
 
 def _put(layer: Any, pairing: Pairing) -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 
 # What GGUF calls the architectures that krony writes; transformers reads more.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
@@ -56,9 +56,7 @@ def load_gguf(source: str | Path, dtype: torch.dtype | str | None) -> PreTrained
             path.parent, gguf_file=path.name, config=config, dtype=dtype or torch.float16
         )
     except Exception as error:  # whatever the libraries make of a file that is not what it says
-        lines = str(error).strip().splitlines()
-        reason = lines[0][:300] if lines else type(error).__name__
-        raise KronyError(f"can't load the model {source}: {reason}") from error
+        raise KronyError(f"can't load the model {source}: {first_line(error, 300)}") from error
     # The configuration of an ordinary model: the loaded one says that the weights are quantized.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(made.config).pop(name, None)

@@ -116,13 +116,19 @@ def load_model(
             that say what can't be.
     """
     if is_gguf(source):
-        made_of_file = load_gguf(source, dtype)
-        _check_finite(str(source), made_of_file)
-        fuse(made_of_file)
-        if device is not None:
-            made_of_file.to(torch.device(device))  # type: ignore[arg-type]
-        made_of_file.eval()
-        return made_of_file
+        model = load_gguf(source, dtype)
+        _check_finite(str(source), model)
+    else:
+        model = _of_directory(source, dtype)
+    fuse(model)
+    if device is not None:
+        model = model.to(torch.device(device))  # type: ignore[arg-type]
+    model.eval()
+    return model
+
+
+def _of_directory(source: str | Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    """As `load_model`, as the files have it."""
     folder = Path(resolve(source))
     found = vetting.weights(folder)
     vetting.configuration(folder, found)
@@ -164,10 +170,6 @@ def load_model(
             stacklevel=2,
         )
     _keep_left_over(str(source), model, report["unexpected_keys"], found)
-    fuse(model)
-    if device is not None:
-        model = model.to(torch.device(device))  # type: ignore[arg-type]
-    model.eval()
     return model
 
 

@@ -24,8 +24,8 @@ def dense_blocks(model: PreTrainedModel, dense: PreTrainedModel) -> list[str] | 
     that were taken out. None where the two don't belong together.
     """
     names = [name for name, _, _ in blocks(dense)]
-    count = len(blocks(model))
-    origin = (provenance(model) or {}).get("blocks", list(range(count)))
+    count, made = len(blocks(model)), provenance(model) or {}
+    origin = made.get("blocks", list(range(count)))
     right = (
         isinstance(origin, list)
         and all(isinstance(i, int) for i in origin)
@@ -34,6 +34,6 @@ def dense_blocks(model: PreTrainedModel, dense: PreTrainedModel) -> list[str] | 
     )
     if not right or not origin or not 0 <= origin[0] <= origin[-1] < len(names):
         return None
-    if "blocks" not in (provenance(model) or {}) and count != len(names):
+    if "blocks" not in made and count != len(names):
         return None
     return [names[end - 1] for end in [*origin[1:], len(names)]]

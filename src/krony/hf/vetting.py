@@ -57,7 +57,7 @@ def weights(folder: Path) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, Path] = {}
     for name in names:
-        for key, shape in _header(folder / name).items():
+        for key, (shape, _) in header(folder / name).items():
             if key in shapes:
                 raise KronyError(f"{key} is both in {files[key].name} and in {name} of {folder}")
             shapes[key], files[key] = shape, folder / name
@@ -92,8 +92,9 @@ def _indexed(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes; the library checks that they fill the file exactly, and do not overlap."""
+def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """By name the shapes and the dtypes (as the format spells them) in a safetensors file; the
+    library checks that they fill the file exactly, and do not overlap. Raises `KronyError`."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -103,7 +104,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                 "can be; the file is damaged, or was made to do harm"
             )
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {k: (tuple(each.get_shape()), each.get_dtype()) for k, each in slices.items()}
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, KronyError):
             raise

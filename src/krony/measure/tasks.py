@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 from krony.text.data import data_folder
 from krony.text.tokens import bos_of
 
@@ -85,11 +85,16 @@ def run_tasks(
             )
         except Exception as error:  # the harness and its data sets raise many kinds
             raise KronyError(
-                f"lm-eval could not run {', '.join(names)}: {_first_line(error)}; offline, its "
+                f"lm-eval could not run {', '.join(names)}: {first_line(error)}; offline, its "
                 "data goes into the folder that KRONY_DATA names, as TASK/test.jsonl or "
                 "TASK/validation.jsonl"
             ) from error
     return {name: _figures(found, name) for name in found["results"]}
+
+
+def is_score(figure: str) -> bool:
+    """Whether a figure of a task is one to compare models by."""
+    return figure not in ("sample_len", "examples", "version") and not figure.endswith("_stderr")
 
 
 def _harness() -> Any:
@@ -150,8 +155,3 @@ def _figures(found: Any, name: str) -> dict[str, Any]:
     if name in found.get("versions", {}):
         figures["version"] = found["versions"][name]
     return figures
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:200]

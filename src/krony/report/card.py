@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 from krony.report.models import predicted
 from krony.report.parts import machine, megabytes, million
 from krony.report.read import Directory, directory
@@ -111,9 +111,8 @@ def push(
         hub.create_repo(repository, private=private, exist_ok=True)
         hub.create_commit(repository, operations, commit_message="Upload a model made by krony")
     except Exception as error:  # the network library's own kinds among them
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KronyError(
-            f"can't push to {repository}: {lines[0][:200]}; check the name, the network and your "
-            "token (hf auth login)"
+            f"can't push to {repository}: {first_line(error)}; check the name, the network and "
+            "your token (hf auth login)"
         ) from error
     return sizes

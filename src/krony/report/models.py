@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from krony.hf.plan import MatrixPlan
+from krony.measure.tasks import is_score
 from krony.report import charts
 from krony.report.charts import Point
 from krony.report.parts import Figure, Part, Row, Table, machine, megabytes, million, number, times
@@ -11,7 +12,6 @@ from krony.report.read import Directory, Found, block_of, saved_by_block
 
 Record = dict[str, Any]
 WORST = 12  # matrices that the table of harm lists
-METRICS = ("sample_len", "examples", "version")  # of a task, that are no scores
 
 
 def model(found: Directory) -> Part:
@@ -211,7 +211,7 @@ def _scores(tasks: Record) -> Table:
     rows = []
     for task, figures in next(iter(tasks.values())).items():
         for figure in figures:
-            if figure in METRICS or figure.endswith("_stderr"):
+            if not is_score(figure):
                 continue
             values = [each.get(task, {}).get(figure) for each in tasks.values()]
             shown = ["-" if v is None else f"{v:.4f}" if abs(v) < 10 else number(v) for v in values]

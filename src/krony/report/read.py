@@ -5,8 +5,8 @@ plan.
 """
 
 import json
+import math
 import re
-import struct
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any
 
 from krony.errors import KronyError
 from krony.hf.plan import MatrixPlan, Plan
+from krony.hf.vetting import header
 
 BLOCK = re.compile(r"\.(\d+)\.")
 NO_WEIGHTS = ("I64", "I32", "BOOL")  # places and masks
-HEAD = 100_000_000  # bytes that the head of a safetensors file may take
 Record = dict[str, Any]
 
 
@@ -124,33 +124,19 @@ def directory(path: Path) -> Directory:
         made.heal = _json(path / "heal.json")
     kinds: dict[str, int] = defaultdict(int)
     for file in sorted(path.glob("*.safetensors")):
-        for name, entry in head(file).items():
-            begin, end = entry["data_offsets"]
-            made.bytes += end - begin
-            if entry["dtype"] in NO_WEIGHTS:
+        for name, (shape, dtype) in header(file).items():
+            size = math.prod(shape)
+            bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3; BOOL is a byte
+            made.bytes += size * (int(bits[0]) if bits else 8) // 8
+            if dtype in NO_WEIGHTS:
                 continue
-            size = 1
-            for side in entry["shape"]:
-                size *= int(side)
             made.parameters += size
-            kinds[str(entry["dtype"])] += size
+            kinds[dtype] += size
             if place := BLOCK.search(name):
                 block = int(place[1])
                 made.by_block[block] = made.by_block.get(block, 0) + size
     made.dtype = max(kinds, key=lambda kind: kinds[kind]) if kinds else ""
     return made
-
-
-def head(path: Path) -> dict[str, Record]:
-    """Names, dtypes, shapes and places of the tensors in a file. Raises `KronyError`."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            content = json.loads(file.read(min(length, HEAD)))
-        content.pop("__metadata__", None)
-        return {str(name): entry for name, entry in content.items() if entry["shape"] is not None}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KronyError(f"{path} is no whole safetensors file") from error
 
 
 def block_of(matrix: MatrixPlan) -> int | None:
