@@ -93,3 +93,14 @@ def test_packages_are_no_deeper_than_two():
 @pytest.mark.parametrize("folder", sorted({p.parent for p in MODULES}), ids=lambda p: p.name)
 def test_every_room_says_what_lives_there(folder):
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+
+
+def test_nothing_forks():
+    """Whoever ran a model has threads of OpenMP, and a child of a fork waits for them for ever:
+    what needs another process starts one, or asks a server that never multiplied."""
+    root = SOURCE.parents[1]
+    forks = ("os.fork" + "(", 'get_context("fork' + '")', "get_context('fork" + "')")
+    for folder in ("src", "tests", "benchmarks", "recipes"):
+        for path in (root / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not any(word in text for word in forks), path
