@@ -78,6 +78,7 @@ def test_it_heals_towards_the_blocks_that_it_stands_for(made):
         (["--budget", "0.5", "--objective", "decode"], "--flops and --objective: for factors"),
         (["--budget", "0.5", "--target", "embedding"], "can lose all, mlp, attention"),
         (["--budget", "1.5"], "is no share"),
+        (["--budget", "0.5", "--windows", "0"], "0 calibration windows can't be"),
     ],
 )
 def test_what_it_refuses(made, options, words):

@@ -58,6 +58,9 @@ def test_help_has_headings_and_words_and_the_example(name, run, monkeypatch):
         assert f"─ {option.rich_help_panel} ─" in out
         choice = getattr(option.type_descriptor, "is_choice", False)
         assert option.is_flag or choice or option.metavar, f"{option.opts} takes what?"
+    # What is in brackets, extras to install say, is not taken for markup.
+    for extra in re.findall(r"krony\\?\[(\w+)\]", str([o.help for o in options(COMMANDS[name])])):
+        assert f"krony[{extra}]" in out
 
 
 def test_compress_and_plan_have_their_headings():

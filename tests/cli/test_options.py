@@ -8,7 +8,7 @@ import torch
 import krony
 from krony import KronyError, words
 from krony.cli import options
-from krony.compression import limits, prices
+from krony.compression import calibrate, limits, prices
 from krony.compression.limits import Candidate, choose
 from krony.hf import checkpoints
 from krony.maths import fit
@@ -103,3 +103,17 @@ def test_the_folder_of_the_sets_is_named_or_there_is_none(monkeypatch, tmp_path)
     monkeypatch.setenv("KRONY_DATA", str(tmp_path / "gone"))
     with pytest.raises(KronyError, match="is no folder"):
         data.data_folder()
+
+
+@pytest.mark.parametrize(
+    "budget", [("--budget", "1.5"), ("--size", "80%", "--budget", "0.5"), ("--flops", "nan")]
+)
+def test_a_budget_that_cannot_be_is_refused_before_a_text_is_written(
+    budget, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "calibration_windows", None)  # a call would be a TypeError
+    for command in (["plan", "demo"], ["compress", "demo", tmp_path / "x"]):
+        code, _, err = run(*command, *budget)
+        assert code == 2
+        assert "is no share" in err or "not both" in err
+    assert list(tmp_path.iterdir()) == []

@@ -53,6 +53,11 @@ def test_a_text_needs_a_tokenizer_and_a_method_that_reads_it(gpt2, plan):
     before = weights(gpt2)
     with pytest.raises(KronyError, match="give its tokenizer"):
         krony.compress(gpt2, plan, calibration="python-docs")
+    for wrong in (7, [], b"text"):
+        with pytest.raises(KronyError, match="calibration is a"):
+            krony.compress(gpt2, plan, calibration=wrong)
+        with pytest.raises(KronyError, match="calibration is a"):
+            krony.compress(gpt2, size=0.8, calibration=wrong)
     with pytest.raises(KronyError, match="takes no calibration text"):
         krony.compress(gpt2, plan, init="van-loan", calibration="python-docs")
     after = weights(gpt2)

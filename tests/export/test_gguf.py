@@ -63,8 +63,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(krony.KronyError, match="GGUF has no factored layers"):
         gguf(model, tmp_path / "a.gguf")
     (tmp_path / "b.gguf").write_bytes(b"GGUF and no more")
-    with pytest.raises(krony.KronyError, match="can't load the model"):
+    with pytest.raises(krony.KronyError, match=r"can't load the model.*get the file again"):
         krony.load_model(tmp_path / "b.gguf")
+    with pytest.raises(krony.KronyError, match=r"end it in \.gguf"):
+        gguf(tiny("llama"), tmp_path / "a")
     assert not (tmp_path / "a.gguf").exists()
 
 

@@ -246,3 +246,10 @@ def test_a_tokenizer_has_a_class_that_version_4_knows(tmp_path):
     assert made == path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
     again = load_tokenizer(tmp_path / "made")
     assert again("a word")["input_ids"] == tokenizer("a word")["input_ids"]
+
+
+def test_who_may_read_the_configuration_may_read_the_weights(tmp_path):
+    save_model(tiny("llama"), tmp_path / "small", max_shard_size="20KB")
+    modes = {path.suffix: path.stat().st_mode for path in (tmp_path / "small").iterdir()}
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
+    assert modes[".safetensors"] == modes[".json"]

@@ -77,3 +77,11 @@ def test_what_can_not_be_pushed_is_said(folder, tmp_path, monkeypatch):
         push(folder, "owner/small", card(folder))
     with pytest.raises(KronyError, match="no model directory"):
         card(tmp_path)
+    with pytest.raises(KronyError, match="is no name of the Hub"):
+        push(folder, "bad name/x y", card(folder), dry=True)
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(KronyError, match="no safetensors file that can be read"):
+        card(cut)

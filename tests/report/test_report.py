@@ -146,6 +146,11 @@ def test_what_is_no_figure_of_ours_is_refused(tmp_path, run):
     for name, said in (("a", "no figures"), ("b", "no figures")):
         with pytest.raises(KronyError, match=said):
             report([tmp_path / f"{name}.json"])
+    wrongs = ({"rows": 3}, {"rows": [{"method": "dense", "before": {"a": "b"}}]}, {"rows": [1]})
+    for wrong in wrongs:
+        (tmp_path / "c.json").write_text(json.dumps({"settings": {"source": "x"}, **wrong}))
+        with pytest.raises(KronyError, match=r"c\.json: figures that krony did not write so"):
+            report([tmp_path / "c.json"])
     code, _, err = run("report", tmp_path / "folder", "-o", tmp_path / "page.html")
     assert code == 2
     assert "nothing to report on" in err

@@ -104,6 +104,7 @@ def plan_command(
         return
     if budget:
         budget["parameters"] = words.parse_size(budget["parameters"], info.parameters(model))
+        planning.check_budget(model, budget)
         tokens, work = read(budget["target"])
         found = planning.Job(model, tokens, words.DATA, seed, work, memory).within_budget(budget)
         plan = found.plan
@@ -188,6 +189,7 @@ def compress_command(
     before = info.parameters(model)
     if budget:
         budget["parameters"] = words.parse_size(budget["parameters"], before)
+        planning.check_budget(model, budget)
     plan = None
     if plan_file is not None:
         plan = Plan.read(plan_file)

@@ -50,7 +50,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of lm-eval, by commas: lambada_openai,hellaswag. Needs krony[eval].",
+            help="Of lm-eval, by commas: lambada_openai,hellaswag. Needs krony\\[eval].",
             rich_help_panel=MEASURED,
         ),
     ] = None,

@@ -67,7 +67,8 @@ def compress_plain(
     before, target = info.parameters(model), target or "all"
     wanted = parameters_of(model, target, share=share, size=params)
     folder, started = beside(destination), time.monotonic()
-    windows = text["windows"] or needed.of_target(model, target)
+    windows = text["windows"]
+    windows = needed.of_target(model, target) if windows is None else windows
     tokens = planning.calibration_text(
         model, tokenizer, text["calibration"], windows, seed, text["bos"], folder
     )

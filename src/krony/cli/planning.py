@@ -46,6 +46,16 @@ def check_one_way(
         raise KronyError("a budget finds its own terms and layers; leave those options out")
 
 
+def check_budget(model: "transformers.PreTrainedModel", budget: dict[str, Any]) -> None:
+    """Raise `KronyError` for a budget that can't be: before a text is read, which takes minutes."""
+    from krony.compression import limits
+    from krony.hf.families import find_targets
+    from krony.measure import info
+
+    asked = {key: value for key, value in budget.items() if key != "target"}
+    limits.limits(find_targets(model, budget["target"]), info.parameters(model), **asked)
+
+
 def calibration_text(
     model: "transformers.PreTrainedModel",
     tokenizer: "transformers.PreTrainedTokenizerBase | None",
@@ -169,19 +179,15 @@ class Job:
 
     def within_budget(self, budget: dict[str, Any]) -> "BudgetPlan":
         """The plan of least harm, after saying how long finding it will take."""
-        from krony.compression import limits
         from krony.compression.budget import make_budget_plan
         from krony.compression.forecast import forecast
         from krony.hf.families import find_targets
-        from krony.measure import info
         from krony.measure.memory import parse_bytes, peak_bytes
 
         model, tokens = self.model, self.tokens
         assert tokens is not None
         most, started = parse_bytes(self.memory), time.monotonic()
         targets = find_targets(model, budget["target"])
-        asked = {key: value for key, value in budget.items() if key != "target"}
-        limits.limits(targets, info.parameters(model), **asked)  # what can't be says so first
         expected = forecast(model, tokens, targets, most)
         err.print(
             f"{tokens.numel():,} tokens of calibration: about {minutes(expected.seconds)} and "

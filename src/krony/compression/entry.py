@@ -1,6 +1,7 @@
 """`krony.compress`: a model made smaller, by a plan or by nothing but a size."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from torch import Tensor
@@ -112,11 +113,16 @@ def _text(
     seed: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> Tensor:
-    name = name or calibrate.SELF
+    name = calibrate.SELF if name is None else name
+    if not isinstance(name, str | Path):
+        raise KronyError(
+            f"calibration is a {type(name).__name__}; give the name of a text, a file or a folder "
+            "or token ids as a tensor (windows, window)"
+        )
     if name != calibrate.SELF and tokenizer is None:
         tokenizer = checkpoints.tokenizer_of(model)
     return calibrate.calibration_windows(
-        name,
+        str(name),
         model,
         tokenizer,
         windows,

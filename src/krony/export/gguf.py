@@ -58,6 +58,8 @@ def gguf(
             f"a GGUF file of a {config.model_type} can't be written; krony knows "
             f"{', '.join(ARCHITECTURES)}, for others there is llama.cpp's converter"
         )
+    if Path(destination).suffix.lower() != ".gguf":
+        raise KronyError(f"{destination} would not be known for a GGUF file; end it in .gguf")
     if Path(destination).exists():
         raise KronyError(f"{destination} exists already; remove it, or write to another file")
     tensors = list(_tensors(model, package))

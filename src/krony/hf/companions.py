@@ -93,6 +93,8 @@ def save_weights(
     """
     with _without_generation(model):
         model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state_dict)
+    for weights in folder.glob("*.safetensors"):  # the library writes them for their owner alone
+        shutil.copymode(folder / CONFIG, weights)
 
 
 def source_folder(name: str | None, revision: str | None = None) -> Path | None:

@@ -56,7 +56,9 @@ def load_gguf(source: str | Path, dtype: torch.dtype | str | None) -> PreTrained
             path.parent, gguf_file=path.name, config=config, dtype=dtype or torch.float16
         )
     except Exception as error:  # whatever the libraries make of a file that is not what it says
-        raise KronyError(f"can't load the model {source}: {first_line(error, 300)}") from error
+        raise KronyError(
+            f"can't load the model {source}: {first_line(error, 300)}; get the file again"
+        ) from error
     # The configuration of an ordinary model: the loaded one says that the weights are quantized.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(made.config).pop(name, None)

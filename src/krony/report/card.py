@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from krony.errors import KronyError, first_line
 from krony.report.models import predicted
@@ -95,8 +97,12 @@ def push(
     Returns:
         Bytes by file.
     Raises:
-        KronyError: the Hub refused, or can't be reached.
+        KronyError: no name of the Hub; it refused, or can't be reached.
     """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise KronyError(f"{repository!r} is no name of the Hub: {first_line(error)}") from error
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     sizes = {path.name: path.stat().st_size for path in files}
     operations: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in files]

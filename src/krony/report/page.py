@@ -5,7 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import krony
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 from krony.report.comparison import comparison
 from krony.report.models import evaluation, model, prediction, sizes, speed
 from krony.report.parts import Part, million
@@ -24,6 +24,17 @@ def report(paths: list[Path], title: str | None = None) -> str:
     if not paths:
         raise KronyError("nothing to report on was given; name a directory that krony wrote")
     found = read(paths)
+    try:
+        return _page(found, title)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        named = ", ".join(map(str, paths))
+        raise KronyError(
+            f"{named}: figures that krony did not write so ({type(error).__name__}: "
+            f"{first_line(error)}); make them again"
+        ) from error
+
+
+def _page(found: Found, title: str | None) -> str:
     made: list[Part | None] = [comparison(record) for record in found.comparisons]
     made.append(evaluation(found.evaluations))
     if (drawn := sizes(found)) is not None and made[-1] is not None:
