@@ -9,6 +9,7 @@ each of them alike; a balanced sum of Kronecker products is far smaller than its
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,17 +127,23 @@ def _check_share(share: float, what: str, most: float) -> None:
 
 
 @contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
-    """What C code writes to file descriptor 1 goes to 2: HiGHS prints lines of its own there, and
-    standard output is for results."""
+def _silent_solver() -> Iterator[None]:
+    """HiGHS prints debugging lines to file descriptor 1 whatever its options say, and standard
+    output is for results. What else is written there meanwhile, by other threads, comes after."""
     sys.stdout.flush()
     kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"Highs"):
+                    os.write(1, line)
 
 
 def choose(
@@ -166,7 +173,7 @@ def choose(
     # Scaled: HiGHS works with absolute tolerances of about 1e-6.
     harm = np.array([c.harm for c in flat])
     costs = np.array([[c.cost(name) / limit for c in flat] for name, limit in most.items()])
-    with _stdout_is_stderr():
+    with _silent_solver():
         solution = milp(
             harm / max(float(harm.max()), 1e-30) * 1e3,
             constraints=[
