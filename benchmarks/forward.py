@@ -8,8 +8,10 @@ On a GPU each run is a CUDA graph, as in a server, and the models are to be larg
 
 python benchmarks/forward.py [--threads 1 2] [--tokens 1 8 128 1024] [--dtypes float32 bfloat16]
 python benchmarks/forward.py --what stack --layers 48 --threads 1                    # on a GPU
+python benchmarks/forward.py --what stack --ways --without decode tiles hidden fewer mix gelu
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from krony.hf.checkpoints import write_file
 from krony.measure.memory import keep_memory
 from krony.measure.runtimes import recorded
-from krony.nn import mlp
+from krony.nn import mlp, switches
 from krony.nn.activations import TanhGELU
 from krony.nn.layers import KroneckerGroup, KroneckerLinear
 from records import Record, parser
@@ -154,8 +156,9 @@ def rivals(
     dtype: torch.dtype,
     ways: Sequence[str] = tuple(WAYS),
     scale: int = 1,
+    without: Sequence[str] = (),
 ) -> dict[str, Layers]:
-    """The dense layers, ours, and the same factors run in other ways."""
+    """The dense layers, ours, the same factors run in other ways, and ours without a kernel."""
     torch.manual_seed(0)
     hidden, model = HIDDEN * scale, MODEL * scale
     dense = [MLP(nn.Linear(model, hidden), nn.Linear(hidden, model)) for _ in range(layers)]
@@ -163,12 +166,27 @@ def rivals(
     every: dict[str, Layers] = {"dense": dense, "krony": [MLP(*pair) for pair in ours]}
     for name in ways:
         every[name] = [MLP(*(Rival(layer, WAYS[name]) for layer in pair)) for pair in ours]
+    # Of their own: what was chosen is kept with a layer, and is not to be chosen at every call.
+    every |= {f"without {name}": copy.deepcopy(every["krony"]) for name in without}
     for made in every.values():
         for layer in made:
             layer.to(dtype).eval()
-    for layer in every["krony"]:  # as in a model of krony's, where it is a block's child
-        mlp.install(layer)
+    for name in every:  # as in a model of krony's, where it is a block's child
+        if name == "krony" or name.startswith("without "):
+            for layer in every[name]:
+                mlp.install(layer)
     return every
+
+
+def with_others(run: Callable[[Tensor], Tensor], kernel: str) -> Callable[[Tensor], Tensor]:
+    """The same by all kernels but one."""
+    others = switches.known.keys() - {kernel}
+
+    def restricted(x: Tensor) -> Tensor:
+        with switches.restricted(*others):
+            return run(x)
+
+    return restricted
 
 
 def table(rows: list[dict[str, Any]], what: str, threads: int, dtype: str) -> str:
@@ -247,6 +265,10 @@ def command_line() -> Any:
     made.add_argument("--layers", type=int, default=12)
     made.add_argument("--scale", type=int, default=1, help="how many times as wide as GPT-2 small")
     made.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    made.add_argument(
+        "--without", nargs="*", default=[], choices=list(switches.known),
+        help="also ours without this kernel, one after the other",
+    )  # fmt: skip
     made.add_argument("--compile", action="store_true", help="dense and ours, nothing else")
     made.add_argument("--eager", action="store_true", help="on a GPU, no CUDA graphs")
     made.add_argument("--seconds", type=float, default=3.0, help="for each cell")
@@ -283,7 +305,9 @@ def main() -> None:
             continue
         if made != (dtype, scheme):
             ways = () if options.compile else options.ways
-            every = rivals(scheme, options.layers, DTYPES[dtype], ways, options.scale)
+            every = rivals(
+                scheme, options.layers, DTYPES[dtype], ways, options.scale, options.without
+            )
             for layers in every.values():
                 for layer in layers:
                     layer.to(device)
@@ -292,6 +316,9 @@ def main() -> None:
         make = {"stack": stack, "one": one}[what]
         x = torch.randn(tokens, MODEL * options.scale).to(device, DTYPES[dtype])
         runs = {name: make(layers) for name, layers in every.items()}
+        for kernel in options.without:
+            name = f"without {kernel}"
+            runs[name] = with_others(runs[name], kernel)
         if options.compile:
             runs = {name: compiled(run) for name, run in runs.items()}
         elif graphs:

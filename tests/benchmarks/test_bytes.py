@@ -56,7 +56,7 @@ def test_keys_of_json_are_compared_by_name(tmp_path):
 
 
 def test_what_fails_is_kept_with_its_sentence(tmp_path):
-    row = same_bytes.run("info nowhere", tmp_path)
+    row = same_bytes.run("nothing", tmp_path)
     assert row["code"] == 2
-    assert "nowhere" in row["error"]
-    assert list(row["files"]) == ["info.stdout"]
+    assert "No such command" in row["error"]
+    assert list(row["files"]) == ["nothing.stdout"]

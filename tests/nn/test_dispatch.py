@@ -11,7 +11,7 @@ from torch import nn
 import krony
 from helpers import tiny
 from krony import KroneckerGroup, KroneckerLinear, KronyError
-from krony.nn import dispatch
+from krony.nn import dispatch, switches
 from krony.nn.cpu import kernels as cpu_kernels
 from krony.nn.dispatch import Backend, Request, register, unregister
 from krony.nn.explain import summary
@@ -136,6 +136,18 @@ def test_names_that_are_taken_or_unknown():
         pass
     with pytest.raises(KronyError, match="at least one token, not 0"):
         krony.explain(layer(), tokens=0)
+
+
+def test_what_was_chosen_among_the_same_kernels_holds_again():
+    before, inside = switches.version, []
+    for _ in range(2):
+        with dispatch.restricted("decode"):
+            inside.append(switches.version)
+        assert switches.version == before
+    assert inside[0] == inside[1] != before
+    register(Backend("some", lambda *_: "never", lambda made, x: None))
+    unregister("some")
+    assert switches.version not in (before, inside[0])
 
 
 @compiled

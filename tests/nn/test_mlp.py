@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, Phi3Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -184,7 +185,7 @@ def test_what_is_left_to_the_module(calls):
         assert at_once()
         if child is not module.c_fc.groups[0]:
             assert seen == [1]
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         module(x)
     assert counter.get_total_flops() > 0
     close(module.forward(hidden_states=x), wanted)

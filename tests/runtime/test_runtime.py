@@ -23,19 +23,19 @@ def factors(large, small, terms):
 @pytest.mark.parametrize("mix_first", [True, False])
 @pytest.mark.parametrize("terms", [1, 3])
 @pytest.mark.parametrize(("large", "small"), SHAPES)
-@pytest.mark.parametrize("lead", [(), (1,), (3,), (5,), (2, 3), (0,)])
-def test_apply_equals_the_dense_product(layout, mix_first, terms, large, small, lead):
+def test_apply_equals_the_dense_product(layout, mix_first, terms, large, small):
     a, b = factors(large, small, terms)
     weight = dense_sum(b, a) if layout == "small-outer" else dense_sum(a, b)
-    x = torch.randn(*lead, weight.shape[1], dtype=torch.float64)
     linear = kron.large_to_linear(a, mix_first)
     bias = torch.randn(len(weight), dtype=torch.float64)
-    for made in (plain.apply, products.apply):
-        for offset in (None, bias):
-            y = made(x, b, lambda z: z @ linear.T, large, layout, mix_first, offset)
-            torch.testing.assert_close(y, x @ weight.T + (0 if offset is None else offset))
-    y = products.apply(x, b, linear, large, layout, mix_first, bias)
-    torch.testing.assert_close(y, x @ weight.T + bias)
+    for lead in ((), (1,), (3,), (5,), (2, 3), (0,)):
+        x = torch.randn(*lead, weight.shape[1], dtype=torch.float64)
+        for made in (plain.apply, products.apply):
+            for offset in (None, bias):
+                y = made(x, b, lambda z: z @ linear.T, large, layout, mix_first, offset)
+                torch.testing.assert_close(y, x @ weight.T + (0 if offset is None else offset))
+        y = products.apply(x, b, linear, large, layout, mix_first, bias)
+        torch.testing.assert_close(y, x @ weight.T + bias)
     assert torch.equal(plain.linear_to_large(linear, terms, mix_first), a)
 
 

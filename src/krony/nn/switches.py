@@ -33,6 +33,8 @@ def _from_environment() -> frozenset[str] | None:
 
 _only: frozenset[str] | None = _from_environment()
 version = 0  # of what may be used: whoever kept a choice looks whether it is the same
+_tables = 0  # how often rows came
+_versions: dict[tuple[frozenset[str] | None, int], int] = {}
 
 
 def allows(name: str) -> bool:
@@ -51,9 +53,16 @@ def check() -> None:
 
 
 def changed() -> None:
-    """Say that what may be used is not what it was."""
+    """Say that there are other rows than there were: nothing that was chosen holds any more."""
+    global _tables
+    _tables += 1
+    _number()
+
+
+def _number() -> None:
+    """The same kernels have the same version, so that what was chosen among them holds again."""
     global version
-    version += 1
+    version = _versions.setdefault((_only, _tables), len(_versions))
 
 
 @contextmanager
@@ -65,10 +74,13 @@ def restricted(*names: str) -> Iterator[None]:
     """
     global _only
     before, _only = _only, frozenset(names)
-    changed()
+    _number()
     try:
         check()
         yield
     finally:
         _only = before
-        changed()
+        _number()
+
+
+_number()
