@@ -1,10 +1,11 @@
 """Whether two versions write the same bytes: hashes of what a fixed list of commands writes.
 
-python benchmarks/bytes.py old --out old.json     with the other version first in PYTHONPATH
-python benchmarks/bytes.py new --out new.json --against old.json
+python benchmarks/bytes.py old.json     with the other version first in PYTHONPATH
+python benchmarks/bytes.py new.json --against old.json
 
-Packaged model, one thread. Where bytes differ and both folders are still there, tensors and JSON
-are compared by name. Nothing of krony is imported here, so that any version can be run.
+Packaged model, one thread. What was written stays in old/ and new/, beside the hashes: where bytes
+differ, tensors and JSON are compared by name. Nothing of krony is imported here, so that any
+version can be run.
 """
 
 import argparse
@@ -32,7 +33,6 @@ compress demo terms --small 4x4 --terms 3 --scalars --init van-loan {SIDE}
 compress demo data --small 4x4 --terms 6 --init data {SIDE} {DATA}
 compress demo quarter --budget 0.25 {DATA}
 compress demo decode --budget 0.25 --objective decode {DATA}
-compress demo whole --params 3M {DATA}
 heal scaled healed --tokens 50K {HEALING}
 heal scaled adapted --tokens 20K --recipe lora {HEALING}
 quantize scaled int8 --to int8
@@ -138,18 +138,22 @@ def _keys(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(said) or "the same values, written in another way"
 
 
-def compared(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a command: how many files are equal, and in what each of the others differs."""
+def compared(new: Path, old: Path) -> list[dict[str, Any]]:
+    """A row a command: how many files are equal, and in what each of the others differs.
+
+    Args:
+        new, old: hashes, each with the folder of its name beside it.
+    """
+    ours, theirs = (json.loads(path.read_text("utf-8")) for path in (new, old))
     before = {row["command"]: row for row in theirs["rows"]}
     rows = []
     for row in ours["rows"]:
-        old, new = before.get(row["command"], {"files": {}})["files"], row["files"]
-        equal = [path for path in new if old.get(path) == new[path]]
-        differs = {path: "new" for path in new if path not in old}
-        differs |= {path: "gone" for path in old if path not in new}
-        folders = Path(ours["folder"]), Path(theirs["folder"])
-        for path in sorted(set(old) & set(new) - set(equal)):
-            differs[path] = unlike(path, *folders)
+        were, files = before.get(row["command"], {"files": {}})["files"], row["files"]
+        equal = [path for path in files if were.get(path) == files[path]]
+        differs = {path: "new" for path in files if path not in were}
+        differs |= {path: "gone" for path in were if path not in files}
+        for path in sorted(set(were) & set(files) - set(equal)):
+            differs[path] = unlike(path, new.with_suffix(""), old.with_suffix(""))
         rows.append({"command": row["command"], "equal": len(equal), "differs": differs})
     return rows
 
@@ -159,18 +163,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="an empty or new one, for what they write")
-    parser.add_argument("--out", type=Path, required=True, help="the hashes, as JSON")
+    parser.add_argument("out", type=Path, metavar="NAME.json", help="hashes; files go to NAME")
     parser.add_argument("--against", type=Path, help="hashes of another version")
     parser.add_argument("--small", action="store_true", help="a few commands, to see that it runs")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if any(options.folder.iterdir()):
-        parser.error(f"{options.folder} is not empty")
+    folder: Path = options.out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
     version = importlib.metadata.version
     content: dict[str, Any] = {
         "what": "hashes of what commands write",
-        "folder": str(options.folder.resolve()),
         "environment": {
             "date": datetime.now(UTC).date().isoformat(),
             "python": platform.python_version(),
@@ -182,12 +185,12 @@ def main() -> None:
         "rows": [],
     }
     for line in commands(options.small):
-        content["rows"].append(run(line, options.folder))
+        content["rows"].append(run(line, folder))
         options.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
         code = content["rows"][-1]["code"]
         print(f"{'failed: ' if code else ''}{line}", flush=True)
     if options.against:
-        content["against"] = compared(content, json.loads(options.against.read_text("utf-8")))
+        content["against"] = compared(options.out, options.against)
         options.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
         for row in content["against"]:
             print(f"{row['command']}: {row['equal']} equal")

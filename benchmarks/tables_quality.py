@@ -335,3 +335,15 @@ def quantized() -> str:
             for r in rows
         ),
     )
+
+
+@table
+def same_bytes() -> str:
+    """What commands write, against an earlier version."""
+    rows = []
+    for row in read("bytes")["against"]:
+        differs = "; ".join(
+            f"`{path.partition('/')[2] or path}` {how}" for path, how in row["differs"].items()
+        )
+        rows.append([f"`{row['command']}`", row["equal"], differs or "-"])
+    return markdown(["command", "files equal", "others"], rows)

@@ -55,13 +55,12 @@ def test_the_import_loads_neither_torch_nor_transformers():
     }
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["schemes"], *([name, "--help"] for name in COMMANDS)],
-    ids=" ".join,
-)
-def test_help_and_schemes_load_neither_torch_nor_transformers(arguments):
-    assert not loaded(command(*arguments)) & HEAVY
+def test_help_and_schemes_load_neither_torch_nor_transformers():
+    """One after the other in one process, which says with which of them something came."""
+    lines = [["--help"], ["schemes"], *([name, "--help"] for name in COMMANDS)]
+    seen = "assert not {heavy!r} & set(sys.modules), {line!r}"
+    code = "\n".join(command(*line) + "\n" + seen.format(heavy=HEAVY, line=line) for line in lines)
+    assert not loaded(code) & HEAVY
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import bytes as same_bytes
 
 
 def written(folder, tensors, config):
-    """One command's output, as `bytes.run` keeps it."""
+    """One command's output and its hashes, as the program leaves them."""
     (folder / "out").mkdir(parents=True)
     save_file(tensors, folder / "out" / "model.safetensors")
     (folder / "out" / "config.json").write_text(json.dumps(config))
@@ -19,7 +19,9 @@ def written(folder, tensors, config):
         f"out/{path.name}": same_bytes.digest(path.read_bytes())
         for path in (folder / "out").iterdir()
     }
-    return {"folder": str(folder), "rows": [{"command": "compress", "files": files}]}
+    hashes = folder.with_suffix(".json")
+    hashes.write_text(json.dumps({"rows": [{"command": "compress", "files": files}]}))
+    return hashes
 
 
 def compared(tmp_path, tensors, config):

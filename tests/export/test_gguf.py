@@ -24,22 +24,28 @@ def made(family: str) -> hf.PreTrainedModel:
     return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("to", ROUNDING)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_it_comes_back(family, to, tmp_path):
+def test_it_comes_back(family, tmp_path):
     model, tokenizer = made(family), krony.load_tokenizer("demo")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert gguf(model, tmp_path / "a.gguf", tokenizer, to) == []
-    again, words = krony.load(tmp_path / "a.gguf", torch.float32)
     with torch.inference_mode():
-        found, wanted = again(IDS).logits, model(IDS).logits
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < ROUNDING[to]
+        wanted = model(IDS).logits
+    for to, rounding in ROUNDING.items():
+        # Words take a second to read: one file has them, and GPT-2's, of which they are counted.
+        words = tokenizer if to == "q4_0" or family == "gpt2" else None
+        assert gguf(model, tmp_path / f"{to}.gguf", words, to) == []
+        again = krony.load_model(tmp_path / f"{to}.gguf", torch.float32)
+        with torch.inference_mode():
+            found = again(IDS).logits
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < rounding, to
+    again, words = krony.load(tmp_path / "q4_0.gguf", torch.float32)
     assert words(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert words.chat_template == tokenizer.chat_template
     assert krony.save(again, tmp_path / "dir", words).is_dir()
     assert "quantization_config" not in json.loads((tmp_path / "dir/config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_smaller_one_from_a_file(tmp_path, run):
     gguf(made("llama"), tmp_path / "a.gguf", krony.load_tokenizer("demo"))
     (tmp_path / "text.txt").write_text("Return the number of items in the list. " * 400)

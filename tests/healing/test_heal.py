@@ -379,7 +379,8 @@ def test_learning_rates_fall_on_a_line_or_a_cosine(recipe, middle, last, tmp_pat
     stage = replace(stage, learning_rate=1.0, warmup=0, share=1.0)
     monkeypatch.setitem(RECIPES, recipe, lambda *_: Recipe((stage,)))
     monkeypatch.setattr(krony.healing.curves, "points", lambda log, *_: logs.extend(log) or [])
-    config = replace(CONFIG, recipe=recipe, tokens=WINDOW * steps, batch_tokens=WINDOW)
+    tokens = WINDOW * steps
+    config = replace(CONFIG, recipe=recipe, tokens=tokens, batch_tokens=WINDOW, eval_every=tokens)
     train(small()[0], config, tmp_path / "run")
     rates = [entry["learning_rate"] for entry in logs if "learning_rate" in entry]
     assert len(rates) == steps
@@ -444,7 +445,7 @@ def test_every_part_of_the_loss_is_documented():
 def test_reconstruction_comes_first(tmp_path):
     model, teacher = small()
     plain = train(small()[0], CONFIG, tmp_path / "plain", teacher)
-    config = HealConfig(**{**CONFIG.__dict__, "reconstruct": 40})
+    config = HealConfig(**{**CONFIG.__dict__, "reconstruct": 15})
     record = train(model, config, tmp_path / "run", teacher)
     assert len(record.reconstruction) == 2
     assert all(after < before for before, after in record.reconstruction.values())

@@ -62,6 +62,7 @@ def test_the_compiled_loop_has_a_static_cache_and_the_same_tokens(gpt2, monkeypa
     assert runner.compile_seconds > 0
 
 
+@pytest.mark.slow
 def test_compiling_that_fails_is_said(gpt2, monkeypatch):
     def fail(**_):
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
@@ -197,6 +198,7 @@ def test_a_step_that_is_one_cuda_graph_makes_the_same_tokens():
     assert recorded.compile_seconds > 0
 
 
+@pytest.mark.slow
 def test_command(quick, saved, run, tmp_path):
     threads = torch.get_num_threads()
     command = ["bench", saved / "small", "--against", saved / "dense"]

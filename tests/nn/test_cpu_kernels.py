@@ -268,6 +268,7 @@ def test_without_a_compiler_it_is_none(monkeypatch, tmp_path):
 
 
 @compiled
+@pytest.mark.slow
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = cpu_kernels.library.__wrapped__

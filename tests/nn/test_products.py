@@ -24,6 +24,7 @@ def test_it_is_a_product_for_every_token(p, q, k, layout):
     assert torch.autograd.gradcheck(products.mix_all, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "q", "k"), [(2, 2, 3), (6, 8, 3)])
 def test_a_training_step_compiles(p, q, k):
     def step(mixing, x):

@@ -59,7 +59,7 @@ def given(tmp_path_factory):
     (tmp_path / "compared" / "compare.json").write_text(json.dumps(COMPARISON))
     model = tiny("llama")
     windows = krony.calibration_windows("self", model, None, 4, 16)
-    found = krony.make_budget_plan(model, windows, share=0.6, target="all")
+    found = krony.make_budget_plan(model, windows, share=0.6, target="all", objective="throughput")
     krony.compress(model, found.plan, init="data", calibration=windows, moments=found.moments)
     model.config.quantization_config.provenance["predicted_harm"] = found.harm
     krony.save_model(model, tmp_path / "small")
