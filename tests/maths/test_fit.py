@@ -178,3 +178,20 @@ def test_equal_input_gives_equal_bytes(weight, metric):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("power", [-60, -8, 8, 60])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_fit_does_not_depend_on_units(weight, metric, power, rank):
+    """Powers of four round nothing: the factors are the same, in whatever unit the weights are, and
+    those of a denormal matrix no worse."""
+    pairs = [van_loan(weight, *KRONECKER.sides, KRONECKER.terms)]
+    found, history = fit.refine(weight, metric, pairs, rank=rank, dtype=torch.float32)
+    unit = 4.0**power
+    start = [(a * unit**0.5, b * unit**0.5) for a, b in pairs]
+    again, harms = fit.refine(weight * unit, metric, start, rank=rank, dtype=torch.float32)
+    assert history[-1] < 0.9 * history[0]
+    assert harms == pytest.approx([h * unit**2 for h in history], rel=1e-9)
+    for (a, b), (c, d) in zip(found, again, strict=True):
+        assert torch.equal(a * unit**0.5, c)
+        assert torch.equal(b * unit**0.5, d)

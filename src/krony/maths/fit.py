@@ -17,6 +17,7 @@ others are fitted to the rest (variable projection: Golub and Pereyra 1973). Tha
 few stiff directions that L-BFGS would spend its iterations on.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,11 +79,14 @@ class Metric:
         rest = whitened - taken
         return 0.5 * rest.square().sum(), left @ rest @ right.T
 
-    def to(self, dtype: torch.dtype) -> "Metric":
-        """The same in another precision; the square roots are rounded, not taken anew."""
-        made = Metric(self.outputs.to(dtype), self.inputs.to(dtype))
+    def to(self, dtype: torch.dtype, outputs: float = 1.0, inputs: float = 1.0) -> "Metric":
+        """The metric of G and C times these, in another precision; the square roots are rounded,
+        not taken anew."""
+        made = Metric((self.outputs * outputs).to(dtype), (self.inputs * inputs).to(dtype))
         left, right = self.roots
-        made.__dict__["roots"] = (left.to(dtype), right.to(dtype))
+        made.__dict__["roots"] = (
+            (left * outputs**0.5).to(dtype), (right * inputs**0.5).to(dtype),
+        )  # fmt: skip
         return made
 
 
@@ -192,10 +196,14 @@ def refine(
     Returns:
         The refined pairs, and the harm before the first and after each step, which never rises.
     """
-    factors = [p.to(dtype).contiguous().clone().requires_grad_() for pair in pairs for p in pair]
+    # Powers of two, which round nothing: what float64 holds may be nothing or infinite in float32.
+    size, outputs, inputs = map(_power, (weight, metric.outputs, metric.inputs))
     history = [float(metric.rest(weight - kron.sum_to_dense(pairs), rank)[0])]
-    scale = history[0] or 1.0
-    rough, target = metric.to(dtype), weight.to(dtype)
+    scale = history[0] / size / size / outputs / inputs or 1.0
+    rough, target = metric.to(dtype, 1 / outputs, 1 / inputs), (weight / size).to(dtype)
+    shared = size**0.5
+    start = [(p / shared).to(dtype).contiguous() for pair in pairs for p in pair]
+    factors = [p.clone().requires_grad_() for p in start]
     optimizer = torch.optim.LBFGS(
         factors,
         max_iter=10,
@@ -217,7 +225,7 @@ def refine(
     for _ in range(steps if history[0] > 0 else 0):
         with torch.enable_grad():
             optimizer.step(closure)
-        now = [f.detach().double() for f in factors]
+        now = [f.detach().double() * shared for f in factors]
         harm = float(metric.rest(weight - kron.sum_to_dense(_paired(now)), rank)[0])
         if not harm < history[-1]:  # converged to rounding: keep the best
             break
@@ -226,6 +234,14 @@ def refine(
         if history[-2] - harm <= tolerance * history[-2]:
             break
     return [balanced(*pair) for pair in _paired(best)], history
+
+
+def _power(matrix: Tensor) -> float:
+    """A power of four near the largest entry, whose square root rounds nothing either."""
+    largest = float(matrix.abs().max())
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 4.0 ** max(-250, min(250, round(math.log(largest, 4))))
 
 
 def _paired(flat: list[Tensor]) -> list[Pair]:
