@@ -52,6 +52,7 @@ def test_a_size_and_nothing_else_makes_a_model_of_that_size(gpt2, monkeypatch):
     assert krony.compress(gpt2, size="70%", calibration=windows) is gpt2
     after = sum(p.numel() for p in gpt2.parameters())
     assert 0.6 * before < after <= 0.7 * before
+    assert 0 < gpt2.config.quantization_config.provenance["predicted_harm"] < 9
 
 
 @pytest.mark.parametrize("given", [{}, {"plan": krony.Plan(()), "size": 0.5}])

@@ -219,6 +219,7 @@ class Job:
         """
         from krony.compression import layout
         from krony.compression.factorise import DATA, compress
+        from krony.hf.provenance import note_harm
         from krony.measure.memory import parse_bytes
 
         moments = None if found is None else found.moments
@@ -239,6 +240,8 @@ class Job:
                 work=self.work,
                 memory=parse_bytes(self.memory),
             )
+        if found is not None and self.init == DATA:
+            note_harm(self.model, found.harm)
         return self.model, plan
 
     def _by_less_harm(

@@ -8,7 +8,7 @@ from krony.compare.evidence import Evidence
 from krony.compression.budget import make_budget_plan
 from krony.compression.factorise import DATA, compress
 from krony.compression.plain import slim
-from krony.hf.modeling import config_of
+from krony.hf.provenance import note_harm
 from krony.measure import info
 
 
@@ -35,9 +35,7 @@ def factored(evidence: Evidence, share: float) -> PreTrainedModel:
         work=evidence.work,
         progress=evidence.progress,
     )
-    config = config_of(model)
-    assert config is not None
-    config.provenance["predicted_harm"] = found.harm
+    note_harm(model, found.harm)
     return model
 
 

@@ -13,6 +13,7 @@ from krony.compression.plain import slim
 from krony.errors import KronyError
 from krony.hf import checkpoints
 from krony.hf.plan import Plan
+from krony.hf.provenance import note_harm
 from krony.measure import info
 from krony.words import Structure, parse_size
 
@@ -94,7 +95,7 @@ def compress(
     found = make_budget_plan(
         model, calibration, parameters=wanted, target=target, seed=seed, progress=progress
     )
-    return factorise.compress(
+    factorise.compress(
         model,
         found.plan,
         init=init,
@@ -103,6 +104,9 @@ def compress(
         seed=seed,
         progress=progress,
     )
+    if init == factorise.DATA:
+        note_harm(model, found.harm)
+    return model
 
 
 def _text(

@@ -17,6 +17,14 @@ def provenance(model: PreTrainedModel) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def note_harm(model: PreTrainedModel, harm: float) -> None:
+    """Note what a whole plan was predicted to cost, hidden units that it took out included, in nats
+    a token. Only of factors that were fitted to the data that it was predicted on."""
+    config = config_of(model)
+    assert config is not None, "a factored model"
+    config.provenance["predicted_harm"] = harm
+
+
 def dense_blocks(model: PreTrainedModel, dense: PreTrainedModel) -> list[str] | None:
     """Names of the blocks of a dense model that end where those of a smaller one do.
 
