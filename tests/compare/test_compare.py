@@ -1,6 +1,7 @@
 """krony compare from the command line: cells, what is kept, the table and the picture."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -127,3 +128,55 @@ def test_bad_input_is_refused(inputs, run, tmp_path, more, said):
 def test_a_picture_needs_models(tmp_path):
     assert not draw([{"method": "dense", "title": "Dense", "before": {}}], tmp_path / "p.png")
     assert not (tmp_path / "p.png").exists()
+
+
+def test_another_size_joins_what_is_there(inputs, run, tmp_path):
+    out = tmp_path / "c"
+    assert run(*arguments(inputs, out, methods="svd"))[0] == 0
+    code, text, err = run(*arguments(inputs, out, "--budget", 0.8, methods="flap"))
+    assert code == 0, err
+    record = json.loads((out / "compare.json").read_text())
+    found = {(row["method"], row["budget"]) for row in record["rows"]}
+    assert found == {("dense", 1.0), ("svd", 0.5), ("flap", 0.5), ("flap", 0.8)}
+    assert (record["settings"]["budgets"], len(record["settings"]["methods"])) == ([0.5, 0.8], 2)
+    assert "SVD" in text, "the table is of all of them"
+    (out / "cells" / "svd-0.5.json").write_text("{}")
+    code, _, err = run(*arguments(inputs, out, methods="svd"))
+    assert (code, "is no cell of a comparison" in " ".join(err.split())) == (2, True)
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_what_is_compared_must_not_change_between_runs(inputs, run, tmp_path, what):
+    shutil.copytree(inputs, tmp_path / "in")
+    command = arguments(tmp_path / "in", tmp_path / "c", methods="svd")
+    assert run(*command)[0] == 0
+    if what == "text":
+        with (tmp_path / "in" / "text.txt").open("a") as file:
+            file.write("And more.")
+    else:
+        model, tokenizer = krony.load(inputs / "dense")
+        model.transformer.ln_f.weight.data *= 2
+        shutil.rmtree(tmp_path / "in" / "dense")
+        krony.save(model, tmp_path / "in" / "dense", tokenizer)
+    code, _, err = run(*command)
+    assert (code, "has changed since" in " ".join(err.split())) == (2, True), err
+
+
+def test_texts_of_one_name_are_two(inputs, run, tmp_path):
+    other = tmp_path / "other" / "text.txt"
+    other.parent.mkdir()
+    other.write_text((inputs / "text.txt").read_text()[2000:])
+    out = tmp_path / "c"
+    code, _, err = run(*arguments(inputs, out, "--data", other, methods="svd"))
+    assert code == 0, err
+    row = json.loads((out / "compare.json").read_text())["rows"][0]
+    assert list(row["before"]) == ["text.txt", str(other)]
+    one, two = row["before"].values()
+    assert one["nats"] != two["nats"]
+
+
+def test_without_a_dense_figure_there_is_no_comparison(inputs, run, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    code, _, err = run(*arguments(inputs, tmp_path / "c", "--data", tmp_path / "one.txt"))
+    assert (code, "too few to measure on" in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "c").exists()

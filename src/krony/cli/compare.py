@@ -166,6 +166,7 @@ def compare_command(
             cell = f"{len(rows) + 1} of {len(cells)}"
             if not there:
                 err.print(f"krony: {_line(row)}", markup=False, soft_wrap=True)
+        rows += comparison.others(rows)
     out.print(_table(rows))
     for row in rows:
         if "refused" in row:

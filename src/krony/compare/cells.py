@@ -6,7 +6,6 @@ A cell that has its file is not done again, so that the same command goes on whe
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
@@ -23,18 +22,20 @@ import krony
 from krony.compare.evidence import Evidence
 from krony.compare.methods import METHODS, Method
 from krony.compression.plain import matrices
-from krony.compression.work import Work
+from krony.compression.work import Work, model_digest
 from krony.errors import KronyError
 from krony.healing.training import Stopped
 from krony.hf import checkpoints
 from krony.hf.modeling import config_of
 from krony.hf.probes import rows
+from krony.hf.strict import mapping, read_json
 from krony.measure import evaluate, info
-from krony.text import blocks, data
-from krony.text.tokens import bos_of
+from krony.text import blocks, data, sources
+from krony.text.tokens import bos_of, check_ids
 
 HELD_OUT = 64  # blocks that choose the best weights
 DENSE = "dense"
+SETTINGS = "settings.json"
 MIXED = ("budgets", "methods")  # settings that may differ between runs into one folder
 Row = dict[str, Any]
 Tell = Callable[[str, int, int], None]
@@ -82,22 +83,43 @@ class Comparison:
         _check(folder, settings)
         self.base = checkpoints.load_model(settings.source, torch.float32, device)
         self.tokenizer = checkpoints.load_tokenizer(settings.source)
-        self.texts = {}
+        self.texts: dict[str, tuple[str, data.Text, Any]] = {}
+        digests = {settings.source: model_digest(self.base)}
         for name in settings.texts:
             text = data.load_text(name)
             ids = evaluate.tokenize(self.tokenizer, text, settings.bos)
+            digests[name] = text.sha256
+            check_ids([int(max(ids, default=0))], rows(self.base), self.tokenizer, name)
+            if len(ids) < 2:
+                raise KronyError(f"the text {name} has {len(ids)} tokens, too few to measure on")
             if settings.evaluated is not None and settings.evaluated < len(ids):
                 ids = ids[: settings.evaluated]
                 part = self.tokenizer.decode(ids, skip_special_tokens=True)
                 text = replace(text, text=str(part))
-            self.texts[text.name] = (name, text, ids)
-        _keep(folder, settings)
+            # Files of two folders may have one name.
+            self.texts[name if text.name in self.texts else text.name] = (name, text, ids)
+        digests |= {
+            name: str(sources.digest(sources.find(name, "train")))
+            for name in {settings.calibration, *settings.heal_data}
+            if sources.is_local(name)
+        }
+        self.settings = _joined(folder, settings, digests)
+        self.asked = settings
 
     def cells(self) -> list[tuple[Method | None, float]]:
         """(method, budget), size by size; the dense model first."""
-        found: list[tuple[Method | None, float]] = [(None, 1.0)]
-        for budget in self.settings.budgets:
-            found += [(METHODS[name], budget) for name in self.settings.methods]
+        return _cells(self.asked)
+
+    def others(self, done: list[Row]) -> list[Row]:
+        """Rows of earlier runs into this folder, of sizes or methods that were not asked for now,
+        and of this one's that it has not come to."""
+        there = {(row["method"], row["budget"]) for row in done}
+        found = []
+        for method, budget in _cells(self.settings):
+            key = (DENSE if method is None else method.name, budget)
+            path = self.path(method, budget)
+            if key not in there and path.exists():
+                found.append(_row(path))
         return found
 
     def path(self, method: Method | None, budget: float) -> Path:
@@ -115,8 +137,9 @@ class Comparison:
         for method, budget in self.cells():
             path = self.path(method, budget)
             there = path.exists()
-            row = json.loads(path.read_text(encoding="utf-8")) if there else None
-            if row is None:
+            if there:
+                row = _row(path)
+            else:
                 row = self.measure(method, budget)
                 checkpoints.write_json(path, row)
             found.append(row)
@@ -125,13 +148,13 @@ class Comparison:
         shutil.rmtree(self.folder / "work", ignore_errors=True)
 
     def write(self, found: list[Row]) -> None:
-        """All rows in one file."""
+        """All rows in one file, those of earlier runs too."""
         record = {
             "what": "methods at equal sizes",
             "settings": asdict(self.settings),
             "seed": self.settings.seed,
             "environment": evaluate.environment(),
-            "rows": found,
+            "rows": found + self.others(found),
         }
         checkpoints.write_json(self.folder / "compare.json", record)
 
@@ -168,6 +191,8 @@ class Comparison:
             raise
         # An answer like any other.
         except (KronyError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            if method is None:  # then there is nothing to compare with
+                raise
             row["refused"] = str(error)
             return row
         finally:
@@ -268,16 +293,30 @@ def deviation(row: Row) -> float:
     return row["share"] - row["budget"] if "share" in row else math.nan
 
 
+def _cells(settings: Settings) -> list[tuple[Method | None, float]]:
+    found: list[tuple[Method | None, float]] = [(None, 1.0)]
+    for budget in settings.budgets:
+        found += [(METHODS[name], budget) for name in settings.methods if name in METHODS]
+    return found
+
+
+def _row(path: Path) -> Row:
+    row: Row = mapping(read_json(path), str(path))
+    if not {"method", "title", "budget"} <= row.keys() or not {"before", "refused"} & row.keys():
+        raise KronyError(f"{path} is no cell of a comparison; remove it, and it is made again")
+    return row
+
+
 def _check(folder: Path, settings: Settings) -> None:
     """Raise `KronyError` for a folder with anything but this comparison in it."""
     if not folder.exists():
+        checkpoints.check_destination(folder)
         return
-    path = folder / "settings.json"
-    if not path.is_file():
+    if not (folder / SETTINGS).is_file():
         if not folder.is_dir() or any(folder.iterdir()):
             raise KronyError(f"{folder} exists and is no comparison; choose another folder")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _settings(folder)
     for field in fields(settings):
         name, value = field.name, getattr(settings, field.name)
         value = list(value) if isinstance(value, tuple) else value
@@ -288,5 +327,27 @@ def _check(folder: Path, settings: Settings) -> None:
             )
 
 
-def _keep(folder: Path, settings: Settings) -> None:
-    checkpoints.write_json(folder / "settings.json", asdict(settings))
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    return mapping(read_json(path), str(path))
+
+
+def _joined(folder: Path, settings: Settings, digests: dict[str, str]) -> Settings:
+    """The settings with the sizes and methods of earlier runs, written into the folder.
+
+    Raises:
+        KronyError: what is compared is no longer what it was in those runs.
+    """
+    before = _settings(folder) if (folder / SETTINGS).is_file() else {}
+    known = before.get("digests", {})
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise KronyError(
+                f"{name} has changed since the comparison in {folder} was begun, so that its rows "
+                "can't stand beside new ones; choose another folder"
+            )
+    budgets = dict.fromkeys([*before.get("budgets", []), *settings.budgets])
+    methods = dict.fromkeys([*before.get("methods", []), *settings.methods])
+    settings = replace(settings, budgets=tuple(budgets), methods=tuple(methods))
+    checkpoints.write_json(folder / SETTINGS, {**asdict(settings), "digests": digests})
+    return settings

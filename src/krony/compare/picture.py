@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from krony.compare.cells import DENSE, Row, latest
+from krony.hf import checkpoints
 
 COLORS = ("#1f5fa8", "#d1662a", "#2d8a57", "#8a3f8a")
 LIMIT = 1e4  # times dense; worse ones stand at the edge, as arrows
@@ -53,8 +54,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     all_axes[0].set_yticks(range(len(titles)), titles)
     all_axes[0].invert_yaxis()
     all_axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    checkpoints.write_file(path, FigureCanvasAgg(figure).print_png)
     return True
 
 
