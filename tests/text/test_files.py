@@ -23,7 +23,18 @@ def write_parquet(path, rows, column="text"):
     parquet.write_table(pyarrow.table({column: rows, "n": list(range(len(rows)))}), path)
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def zstandard(content: bytes) -> bytes:
+    """In two frames, as concatenated files are."""
+    packed = []
+    for part in (content[:10], content[10:]):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(part)
+        packed.append(sink.getvalue().to_pybytes())
+    return b"".join(packed)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("named", ["x.jsonl", "x.jsonl.gz", "x.json", "x.ndjson"])
 def test_rows_are_the_same_however_they_are_stored(tmp_path, pack, mark, named):
@@ -132,9 +143,28 @@ def test_empty_files_are_said_to_be_empty(tmp_path, name, content):
 def test_a_cut_archive_is_named(tmp_path):
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"some text" * 999)[:-9])
     (tmp_path / "x.txt.xz").write_bytes(lzma.compress(b"some text" * 999)[:-9])
-    for name in ("x.txt.gz", "x.txt.xz"):
-        with pytest.raises(KronyError, match=rf"can't read the text .*{name}"):
+    (tmp_path / "x.txt.zst").write_bytes(zstandard(b"some text" * 999)[:-9])
+    for name in ("x.txt.gz", "x.txt.xz", "x.txt.zst"):
+        with pytest.raises(KronyError, match=rf"can't read the text .*{name}: \w"):
             data.load_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_zero_bytes_are_no_text(tmp_path, encoding):
+    """Each of them is valid UTF-8, or UTF-16 after its first two bytes."""
+    (tmp_path / "x.txt").write_bytes("some text\n".encode(encoding) * 9)
+    with pytest.raises(KronyError, match="full of zero bytes"):
+        data.load_text(str(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_half_a_surrogate_pair_is_no_character(tmp_path, name):
+    content = '{"text": "fine"}\n{"text": "half \\ud800"}\n'
+    if name == "x.json":
+        content = '["fine", "half \\ud800"]'
+    (tmp_path / name).write_text(content)
+    with pytest.raises(KronyError, match=r"(line|entry) 2 of .* half of a surrogate pair \(.ud800"):
+        list(files.documents(tmp_path / name))
 
 
 def folder(tmp_path, *names):
@@ -169,14 +199,15 @@ def test_configurations_of_a_folder(tmp_path):
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: de\n"
         "  data_files:\n  - split: train\n    path: de/tr*.jsonl\n  - split: test\n"
-        "    path: ['de/test.jsonl', '../*']\n---\nA set.\n"
+        "    path: ['de/test.jsonl', '../*']\n- config_name: all\n  data_dir: de\n---\nA set.\n"
     )
+    assert found(f"{tmp_path}:all:test", "train") == ["test.jsonl"]
     assert found(f"{tmp_path}:en", "train") == ["en.jsonl"]
     assert found(f"{tmp_path}:de", "train") == ["train.jsonl"]
     assert found(f"{tmp_path}:de:test", "train") == ["test.jsonl"]
-    with pytest.raises(KronyError, match="has the configurations en, de; say which one"):
+    with pytest.raises(KronyError, match="has the configurations en, de, all; say which one"):
         sources.find(str(tmp_path))
-    with pytest.raises(KronyError, match="has no configuration 'fr'; there are: en, de"):
+    with pytest.raises(KronyError, match="has no configuration 'fr'; there are: en, de, all"):
         sources.find(f"{tmp_path}:fr")
 
 

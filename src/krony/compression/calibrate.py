@@ -170,6 +170,7 @@ def calibration_windows(
     window = window or min(WINDOW, evaluate.context_length(model))
     if windows < 1:
         raise KronyError(f"{windows} calibration windows can't be; give at least 1")
+    data.check_name(name, (SELF, "python-docstrings"))
     if name == SELF:
         return sample(model, windows, window, seed, progress)
     if tokenizer is None:

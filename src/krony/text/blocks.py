@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 from krony.text import data, docstrings, files, sources, tokens
 
 DOCUMENTS = 1000  # tokenized and joined at a time
@@ -199,7 +199,8 @@ def _documents(name: str, mark: str, streaming: bool) -> Blocks:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, KronyError):
             raise error.__cause__ from error
-        raise
+        reason = first_line(error.__cause__ or error)
+        raise KronyError(f"can't read the text {name}: {reason}") from error
 
 
 def _files(paths: list[str], column: str | None, mark: str, stamp: str) -> Iterator[dict[str, str]]:

@@ -6,7 +6,6 @@ their first bytes, not by their names), in UTF-8 or in UTF-16 with a byte order 
 
 import bz2
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -24,6 +23,7 @@ KINDS = "a .txt, .jsonl, .json or .parquet (also as .gz, .bz2, .xz, .zst)"
 COLUMN = "text"
 OTHERS = ("content", "document", "article", "body")  # taken where there is no "text"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF32 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -59,7 +59,7 @@ def documents(
     except FileNotFoundError as error:
         raise KronyError(f"can't read the text {path}: no such file") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise KronyError(f"can't read the text {path}: {reason}") from error
     if not count:
         raise KronyError(f"the text {path} is empty")
@@ -76,15 +76,26 @@ def _open(path: Path) -> IO[bytes]:
     if start == b"\xfd7zXZ\x00":
         return lzma.open(file)
     if start.startswith(b"\x28\xb5\x2f\xfd"):
-        try:
-            zstandard = importlib.import_module("zstandard")
-        except ImportError as error:
-            raise KronyError(
-                f"{path} is compressed with zstandard; pip install zstandard, or unpack it"
-            ) from error
-        read: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(file)
-        return read
+        import pyarrow  # its reader takes frames one after the other, and says what is cut off
+
+        file.close()
+        return io.BufferedReader(_Stream(pyarrow.input_stream(str(path), compression="zstd")))
     return file
+
+
+class _Stream(io.RawIOBase):
+    """A stream of pyarrow's as one of Python's."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data: bytes = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -92,7 +103,13 @@ def _decoded(path: Path) -> Iterator[str]:
     with _open(path) as raw:
         file = raw if isinstance(raw, io.BufferedIOBase) else io.BufferedReader(raw)  # type: ignore[type-var]
         first = file.readline()
-        if first.startswith(_UTF16):
+        wide = first.startswith(_UTF16) and not first.startswith(_UTF32)
+        if not wide and first[:1000].count(0) * 10 > len(first[:1000]):
+            raise KronyError(
+                f"{path} is not UTF-8 text: it is full of zero bytes, as UTF-32, UTF-16 without a "
+                "byte order mark and binary files are; convert it first"
+            )
+        if wide:
             try:
                 yield from (first + file.read()).decode("utf-16").splitlines(keepends=True)
             except UnicodeDecodeError as error:
@@ -153,7 +170,7 @@ def _json(path: Path, column: str | None, mark: str | None) -> Iterator[str]:
     for number, row in enumerate(rows, 1):
         name = f"entry {number} of {path}" if isinstance(found, list) else str(path)
         if isinstance(row, str):
-            yield row
+            yield _encodable(row, name)
             continue
         column = column_of(_object(row, name), column, name)
         yield _row(row, column, name)
@@ -177,7 +194,19 @@ def _row(row: dict[str, Any], column: str, name: str) -> str:
     found = row[column]
     if not isinstance(found, str):
         raise KronyError(f"the text in {name} is {_kind(found)}, and must be a text; leave it out")
-    return found
+    return _encodable(found, name)
+
+
+def _encodable(text: str, name: str) -> str:
+    """The text. Raises `KronyError` for escapes in JSON that are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KronyError(
+            f"the text in {name} has half of a surrogate pair (\\u{ord(text[error.start]):04x}), "
+            "which is no character; leave it out"
+        ) from error
+    return text
 
 
 def column_of(columns: Any, column: str | None, name: str) -> str:

@@ -170,6 +170,13 @@ def _configurations(folder: Path) -> dict[str, dict[str, list[str]]]:
         if not isinstance(entry, dict):
             continue
         given = entry.get("data_files")
+        if given is None and isinstance(entry.get("data_dir"), str):
+            inside = _by_name(folder / entry["data_dir"])
+            found[str(entry.get("config_name", "default"))] = {
+                split: [path.relative_to(folder).as_posix() for path in paths]
+                for split, paths in inside.items()
+            }
+            continue
         given = given if isinstance(given, list) else [given]
         splits: dict[str, list[str]] = {}
         for item in given:
