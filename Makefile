@@ -3,7 +3,8 @@
 # make test: install, then lint, types and all tests.
 # make faults: install, then 200 kills; writes benchmarks/results/faults.json.
 # make lowest: the lowest versions that pyproject.toml allows, in an environment of their own, and
-#   the tests of files and commands with them.
+#   the tests of files and commands with them. Of torch it is the pinned one, unless TORCH names a
+#   lower one that pip finds without CUDA.
 # make older: directories of every kind, read by transformers 4 in an environment of its own.
 # make release-check: wheel and sdist, each installed into a fresh environment, and the demo there.
 # make docs: install, then the tables of results and the site (site/index.html).
@@ -44,8 +45,10 @@ faults: $(INSTALLED)
 
 lowest:
 	rm -rf build/lowest && $(PYTHON) -m venv build/lowest
-	$(PYTHON) tests/lowest.py > build/lowest/constraints.txt
-	build/lowest/bin/python -m pip install --quiet -c build/lowest/constraints.txt . pytest hypothesis
+	$(PYTHON) tests/lowest.py | grep -v '^torch==' > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --quiet "$(TORCH)"
+	build/lowest/bin/python -m pip install --quiet -c build/lowest/constraints.txt \
+		".[eval,gguf]" pytest hypothesis
 	build/lowest/bin/python -m pytest -q tests/hf tests/fixtures tests/healing/test_states.py \
 		tests/cli/test_cli.py
 

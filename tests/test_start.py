@@ -49,6 +49,8 @@ def test_the_import_loads_neither_torch_nor_transformers():
     assert not found & HEAVY
     assert {name for name in found if name.startswith("krony.")} == {
         "krony.errors",
+        "krony.heal",  # the modules of 0.1, nothing in them yet
+        "krony.quantize",
         "krony.hf",
         "krony.hf.register",
         "krony.moved",
@@ -129,6 +131,16 @@ assert {old} is new and new.__spec__ is spec
 assert {{w.category for w in seen}} == {{DeprecationWarning}}
 assert {moved.MODULES[old]!r} in str(seen[0].message)"""
     exec(code, {"__name__": "somewhere"})
+
+
+def test_functions_that_were_modules_are_both():
+    with pytest.warns(DeprecationWarning, match=r"krony\.heal is krony\.healing\.heal now"):
+        from krony.heal import HealConfig
+    from krony import heal
+
+    assert HealConfig is krony.HealConfig
+    assert heal is krony.heal
+    assert callable(heal)
 
 
 def test_a_module_that_is_gone_says_what_there_is_instead():

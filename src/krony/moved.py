@@ -1,6 +1,6 @@
 """Names that modules had in 0.1, when all stood side by side: they still import, with a warning.
 
-To go with 0.3. `krony.heal` and `krony.quantize` are not here: those are functions.
+To go with 0.3.
 """
 
 import importlib
@@ -71,7 +71,31 @@ class _Finder:
             module.__spec__ = spec.loader_state
 
 
+class _Shadowed(ModuleType):
+    """`krony.heal` and `krony.quantize`, which are functions now, as the modules that they were:
+    `from krony.heal import HealConfig` goes on, and `krony.heal` stays the function."""
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(old)
+        vars(self).update(_new=new)
+
+    def _module(self) -> ModuleType:
+        warnings.warn(f"{self.__name__} is {self._new} now", DeprecationWarning, stacklevel=3)
+        return importlib.import_module(self._new)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what imports and inspection ask of every module
+            raise AttributeError(name)
+        return getattr(self._module(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        target: Any = super() if name.startswith("__") else self._module()
+        setattr(target, name, value)
+
+
 def install() -> None:
     """Let the old names be imported; once is enough."""
+    for old, new in (("heal", "healing.heal"), ("quantize", "export.quantize")):
+        sys.modules.setdefault(f"krony.{old}", _Shadowed(f"krony.{old}", f"krony.{new}"))
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

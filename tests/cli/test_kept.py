@@ -43,6 +43,10 @@ def test_a_compression_goes_on_from_its_work(after, inputs, tmp_path):
     assert f"{tmp_path / '.out.work'} (0 MB): the same command goes on from there" in last
     code, _, err = after(59, *command)
     assert (code, "kept" in err) == (2, False), "sooner it says nothing"
+    assert (tmp_path / ".out.work").is_dir(), "but what took longer stays"
+    command[2] = tmp_path / "soon"
+    after(59, *command)
+    assert not (tmp_path / ".soon.work").exists(), "and what did not goes"
 
 
 def test_a_plan_is_kept_beside_its_file_or_says_that_it_would_be(after, inputs, tmp_path):

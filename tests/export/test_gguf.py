@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -59,6 +60,47 @@ def test_a_smaller_one_from_a_file(tmp_path, run):
     assert code == 0, err
     assert smaller.stat().st_size < (tmp_path / "a.gguf").stat().st_size
     assert krony.load_model(smaller).config.num_hidden_layers <= 2
+
+
+def changed(source, target, without=(), added=None, keys=None):
+    """A GGUF file again, with a tensor less or more, or another key."""
+    package = pytest.importorskip("gguf")
+    reader = package.GGUFReader(source)
+    writer = package.GGUFWriter(target, reader.get_field("general.architecture").contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind = field.types[0]
+        if kind == package.GGUFValueType.ARRAY:
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), kind)
+    for name, value in (keys or {}).items():
+        writer.add_string(name, value)
+    for tensor in reader.tensors:
+        if tensor.name not in without:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    if added:
+        writer.add_tensor(added, np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_a_file_is_whole_or_refused(tmp_path):
+    """transformers makes up what is missing, and passes over what it can't read, in silence."""
+    gguf(made("llama"), tmp_path / "a.gguf", krony.load_tokenizer("demo"))
+    again = lambda **change: changed(tmp_path / "a.gguf", tmp_path / "b.gguf", **change)  # noqa: E731
+    with pytest.raises(krony.KronyError, match=r"lacks 1 tensors .*mlp\.down_proj"):
+        krony.load_model(again(without=["blk.1.ffn_down.weight"]))
+    for change in ({"added": "rope_freqs.weight"}, {"keys": {"llama.rope.scaling.type": "yarn"}}):
+        with pytest.raises(krony.KronyError, match="scaled rotary frequencies"):
+            krony.load_model(again(**change))
+    krony.load_model(again(keys={"llama.rope.scaling.type": "none"}))
+    with pytest.warns(UserWarning, match=r"left out: blk\.0\.attn_q\.bias"):
+        krony.load_model(again(added="blk.0.attn_q.bias"))
 
 
 def test_what_is_refused(tmp_path):

@@ -153,6 +153,27 @@ def test_a_dense_model_has_no_sums_and_says_so(tmp_path, run):
     assert "has no checksums" in err
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000, "[]", '{"quantization_config": {"checksums": {"algorithm": "xxh3_64", '
+        '"tensors": {}, "files": {}}, "plan": {}}}',
+    ],
+)  # fmt: skip
+def test_a_configuration_that_lies_is_refused(saved, tmp_path, run, text):
+    shutil.copytree(saved, tmp_path / "it")
+    (tmp_path / "it" / "config.json").write_text(text)
+    assert run("verify", tmp_path / "it")[0] == 2
+
+
+@pytest.mark.parametrize("header", [b"[]", b"[" * 200_000, b'{"x": 3}', b"{", b'{"x": {"a": 1}}'])
+def test_a_header_that_lies_is_refused(saved, tmp_path, run, header):
+    shutil.copytree(saved, tmp_path / "it")
+    content = len(header).to_bytes(8, "little") + header
+    (tmp_path / "it" / "model.safetensors").write_bytes(content)
+    assert run("verify", tmp_path / "it")[0] == 2
+
+
 def test_sums_do_not_lead_out_of_the_directory(saved, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)

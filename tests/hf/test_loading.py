@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import krony
 from helpers import SMALL, logits, tiny
 from krony import KronyError, load_model, save_model
+from krony.errors import first_line
 from krony.hf.whole import unwrapped
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -124,6 +125,13 @@ def test_states_of_an_optimizer_are_left_out_and_said(dense, tmp_path):
         model = load_model(dense)
     saved = save_model(model, tmp_path / "again")
     assert name not in load_file(saved / "model.safetensors")
+
+
+def test_the_reason_is_said_where_a_message_begins_with_its_head():
+    assert first_line(ValueError("can't:\n  * a reason\n  * another")) == "can't: * a reason"
+    assert first_line(ValueError("all of it\nmore")) == "all of it"
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("head:")) == "head:"
 
 
 def test_an_encoder_is_refused(tmp_path):

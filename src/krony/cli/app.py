@@ -149,7 +149,8 @@ def generate_command(
         typer.Option(metavar="NUMBER", help="0 takes the likeliest token.", rich_help_panel=TEXT),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="For a temperature above 0.", rich_help_panel=TEXT)
+        int,
+        typer.Option(metavar="N", min=0, help="For a temperature above 0.", rich_help_panel=TEXT),
     ] = 0,
     dtype: RunDtype = None,
     device: Device = None,

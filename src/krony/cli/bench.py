@@ -22,7 +22,8 @@ def bench_command(
     source: Source,
     against: Against = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the random tokens.", rich_help_panel=MEASURED)
+        int,
+        typer.Option(metavar="N", min=0, help="Of the random tokens.", rich_help_panel=MEASURED),
     ] = 0,
     compiled: Annotated[
         bool,

@@ -81,7 +81,7 @@ def plan_command(
     from krony.measure import info
 
     folder = None if json_file is None else beside(json_file)
-    kept.keeps(kept.unless_json if folder is None else kept.work(folder))
+    kept.keeps(kept.unless_json if folder is None else kept.work(folder), folder)
     work = Work()
 
     def read(target: str) -> "tuple[torch.Tensor, Work]":
@@ -204,7 +204,7 @@ def compress_command(
         # What by weights two layouts are compared on is written anew in seconds.
         folder = beside(destination) if init == DATA or budget else None
         if folder is not None:
-            kept.keeps(kept.work(folder))
+            kept.keeps(kept.work(folder), folder)
         number = needs if windows is None else windows
         tokens = planning.calibration_text(model, tokenizer, calibration, number, seed, bos, folder)
         work = Work() if folder is None else Work.of(model, tokens, seed, folder)

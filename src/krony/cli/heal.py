@@ -220,6 +220,7 @@ def heal_command(
         int,
         typer.Option(
             metavar="N",
+            min=0,
             help="Of the order of the blocks.",
             rich_help_panel=TRAINING,
         ),
@@ -267,7 +268,8 @@ def heal_command(
     # Trained in float32 whatever the file holds: updates are smaller than half precision resolves.
     model.float()
     dense = checkpoints.load_model(teacher, torch.float32, where) if teacher else None
-    window = window or min(1024, evaluate.context_length(model))
+    if window is None:
+        window = min(1024, evaluate.context_length(model))
     if not 2 <= window <= evaluate.context_length(model):
         raise KronyError(
             f"a window of {window} can't be; the model takes 2 to {evaluate.context_length(model)}"

@@ -1,5 +1,6 @@
 """What a command that failed after a while says: what was kept, and how to go on."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -21,12 +22,15 @@ class Kept:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.began = clock, clock()
         self.found: Callable[[], str | None] = lambda: None
+        self.folder: Path | None = None  # goes with a command that failed soon
         _OF_THE_COMMAND.set(self)
 
     def tell(self) -> None:
         """Say it, if the command took long."""
         seconds = self.clock() - self.began
         if seconds < LONG:
+            if self.folder is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
             return
         minutes = f"{seconds / 60:,.0f} minute" + ("s" if round(seconds / 60) != 1 else "")
         said = self.found() or NOTHING
@@ -36,10 +40,16 @@ class Kept:
 _OF_THE_COMMAND: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
-def keeps(found: Callable[[], str | None]) -> None:
-    """Of the command that runs: what to say of what is kept by then; None: nothing is."""
+def keeps(found: Callable[[], str | None], folder: Path | None = None) -> None:
+    """Of the command that runs: what to say of what is kept by then; None: nothing is.
+
+    Args:
+        folder: where it is kept. What a command that failed soon put there goes with it, unless an
+            earlier one had left something there.
+    """
     if (kept := _OF_THE_COMMAND.get()) is not None:
         kept.found = found
+        kept.folder = None if folder is None or folder.exists() else folder
 
 
 def unless_json() -> str:

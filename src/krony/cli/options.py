@@ -1,5 +1,6 @@
 """What the commands share: the two consoles, the progress bar, and options of more than one."""
 
+import json
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from rich.progress import (
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from krony import words
-from krony.hf.claims import check_destination, claim
+from krony.hf.claims import check_destination, check_file, claim
 
 # Wide when not a terminal: a table that is piped into a file must not be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -34,6 +35,30 @@ def _claimed(context: typer.Context, destination: Path) -> Path:
         check_destination(destination)
         context.with_resource(claim(destination))
     return destination
+
+
+def _figures(context: typer.Context, path: Path | None) -> Path | None:
+    """A file of figures, checked before any work: only such a one is replaced."""
+    if path is None or context.resilient_parsing:
+        return path
+    wanted = FIGURES[str(context.info_name)]
+
+    def ours(content: bytes) -> bool:
+        try:
+            found = json.loads(content)
+        except ValueError:
+            return not content
+        if isinstance(found, list):  # ten sizes of a plan
+            found = found[0] if found else {}
+        return isinstance(found, dict) and any(key in found for key in wanted)
+
+    return check_file(path, ours)
+
+
+# By command, what its figures are known by.
+FIGURES = {
+    "plan": ("matrices", "harm"), "evaluate": ("results", "tasks"), "bench": ("models",),
+}  # fmt: skip
 
 
 class Command(TyperCommand):
@@ -85,7 +110,11 @@ Destination = Annotated[
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the figures to this file.", rich_help_panel=OUTPUT
+        "--json",
+        metavar="FILE",
+        help="Write the figures to this file.",
+        callback=_figures,
+        rich_help_panel=OUTPUT,
     ),
 ]
 PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]

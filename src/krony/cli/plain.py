@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from krony import words
-from krony.cli import planning, tables
+from krony.cli import kept, planning, tables
 from krony.cli.options import err, out
 from krony.cli.shapes import SMALL
 from krony.errors import KronyError
@@ -67,6 +67,7 @@ def compress_plain(
     before, target = info.parameters(model), target or "all"
     wanted = parameters_of(model, target, share=share, size=params)
     folder, started = beside(destination), time.monotonic()
+    kept.keeps(kept.work(folder), folder)
     windows = text["windows"]
     windows = needed.of_target(model, target) if windows is None else windows
     tokens = planning.calibration_text(

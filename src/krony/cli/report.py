@@ -7,6 +7,8 @@ import typer
 
 from krony.cli.options import OUTPUT, out
 
+MARK = b'<meta name="generator" content="krony '
+
 
 def report_command(
     paths: Annotated[
@@ -19,7 +21,11 @@ def report_command(
     destination: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="The page to write.", rich_help_panel=OUTPUT
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page to write; a page of krony's that is there is replaced.",
+            rich_help_panel=OUTPUT,
         ),
     ] = Path("report.html"),
     title: Annotated[
@@ -29,7 +35,9 @@ def report_command(
 ) -> None:
     """One page of figures and pictures, in a file that needs no network and no server."""
     from krony.hf.checkpoints import write_text
+    from krony.hf.claims import check_file
     from krony.report.page import report
 
+    replaced = check_file(destination, lambda content: MARK in content[:1000]).exists()
     write_text(destination, report(paths, title))
-    out.print(f"Wrote {destination}")
+    out.print(f"Wrote {destination}" + (", in the place of an earlier page" if replaced else ""))

@@ -110,7 +110,8 @@ Scalars = Annotated[
     typer.Option("--scalars", help="A learnable scalar per term.", rich_help_panel=FOUND),
 ]
 Seed = Annotated[
-    int, typer.Option(metavar="N", help="For whatever is random.", rich_help_panel=FOUND)
+    int,
+    typer.Option(metavar="N", min=0, help="For whatever is random.", rich_help_panel=FOUND),
 ]
 
 # Text to calibrate on.

@@ -1,6 +1,7 @@
 """Healing: continued training of a compressed model, on transformers' Trainer and accelerate."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -255,6 +256,13 @@ def _recipe(model: PreTrainedModel, config: HealConfig) -> Recipe:
         raise KronyError(f"{config.tokens} tokens of training can't be; give at least one batch")
     if config.dtype not in (None, "bfloat16", "float32"):
         raise KronyError(f"no autocast to {config.dtype!r}; give bfloat16 or float32")
+    for name in ("batch_tokens", "eval_every", "micro_tokens", "keep"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise KronyError(f"{name} of {value} can't be; give at least 1, or leave it out")
+    for name in ("learning_rate", "temperature", "save_minutes"):
+        value, least = getattr(config, name), 0 if name == "save_minutes" else 1e-30
+        if value is not None and not least <= value < math.inf:
+            raise KronyError(f"{name} of {value} can't be; give a positive number")
     width = model.config.get_text_config().hidden_size
     recipe = RECIPES[config.recipe](width, config.tokens)
     if config.learning_rate is None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,31 @@ def check_destination(destination: str | Path) -> Path:
         raise KronyError(f"can't make the folder {parent}: {error.strerror}") from error
     if not os.access(parent, os.W_OK):
         raise KronyError(f"can't write into {parent}: permission denied; choose another folder")
+    return path
+
+
+def check_file(path: str | Path, ours: Callable[[bytes], bool]) -> Path:
+    """The path of a file that can be written there, before the work starts.
+
+    Args:
+        ours: whether what is there already is what would be written anew; anything else stays.
+    Raises:
+        KronyError: a folder, somebody else's file, or a place where nothing can be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise KronyError(f"{path} is a folder; give the name of a file")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else None
+    except OSError as error:
+        raise KronyError(f"can't write {path}: {error.strerror or error}") from error
+    if content is not None and not ours(content):
+        raise KronyError(
+            f"{path} exists and is not what this command writes; choose another name or remove it"
+        )
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise KronyError(f"can't write {path}: permission denied; choose another folder")
     return path
 
 

@@ -1,6 +1,7 @@
 """GGUF files as models: read by transformers, with the tokenizer's rule for splitting texts."""
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def needed() -> Any:
         ) from error
 
 
-def load_gguf(source: str | Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    """The model in a GGUF file, its quantized weights widened.
+def load_gguf(
+    source: str | Path, dtype: torch.dtype | str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in a GGUF file, its quantized weights widened, and the report of what was missing.
 
     Args:
         dtype: None: float16, what half-precision files hold; quantized ones lose less than they
@@ -45,20 +48,30 @@ def load_gguf(source: str | Path, dtype: torch.dtype | str | None) -> PreTrained
     Raises:
         KronyError: no `gguf` package, or a file that transformers can't read.
     """
-    needed()
-    path = Path(source)
+    path, package = Path(source), needed()
     try:
+        _check_rotary(source, package.GGUFReader(path))
         config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         if config.model_type == "gpt2":  # transformers (5.24) reads two of its keys under others
             config.n_positions = getattr(config, "n_ctx", config.n_positions)
             config.n_inner = getattr(config, "feed_forward_length", config.n_inner)
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=dtype or torch.float16
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            dtype=dtype or torch.float16,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
+    except KronyError:
+        raise
     except Exception as error:  # whatever the libraries make of a file that is not what it says
         raise KronyError(
             f"can't load the model {source}: {first_line(error, 300)}; get the file again"
         ) from error
+    made: Any = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    _say_left_over(source, made, package.GGUFReader(path))
     # The configuration of an ordinary model: the loaded one says that the weights are quantized.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(made.config).pop(name, None)
@@ -66,8 +79,37 @@ def load_gguf(source: str | Path, dtype: torch.dtype | str | None) -> PreTrained
     for name in ("is_quantized", "quantization_method"):
         vars(made).pop(name, None)
     made.config._name_or_path = made.name_or_path = ""
-    found: PreTrainedModel = made
-    return found
+    return made, report
+
+
+def _check_rotary(source: str | Path, reader: Any) -> None:
+    """Raise `KronyError` for scaled frequencies, which transformers (5.24) passes over in silence
+    in all but one architecture."""
+    keys = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
+    scaled = [key for key in keys if str(reader.get_field(key).contents()) != "none"]
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        scaled.append("rope_freqs.weight")
+    if scaled and not scaled[0].startswith("gpt-oss"):
+        raise KronyError(
+            f"{source} has scaled rotary frequencies ({scaled[0]}), which can't be read from GGUF: "
+            "the model would be another one; give the directory that the file was made from"
+        )
+
+
+def _say_left_over(source: str | Path, model: PreTrainedModel, reader: Any) -> None:
+    """Warn of tensors that transformers passed over in silence: a bias, a head for more tokens."""
+    try:
+        library = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+        known = library.get_gguf_hf_weights_map(model, library.TensorProcessor())
+    except Exception:  # a part of transformers that is not public
+        return
+    left = [t.name for t in reader.tensors if t.name not in known and "exp" not in t.name]
+    if left:
+        warnings.warn(
+            f"{len(left)} tensors of {source} have no place in {type(model).__name__} and are left "
+            f"out: {', '.join(left[:4])}",
+            stacklevel=4,
+        )
 
 
 def load_gguf_tokenizer(source: str | Path) -> Any:

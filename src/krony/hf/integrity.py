@@ -24,6 +24,7 @@ import xxhash
 
 from krony.errors import KronyError
 from krony.hf.companions import GENERATION, is_companion
+from krony.hf.strict import mapping, read_json
 
 ALGORITHM = "xxh3_64"
 # Bytes of weights up to which loading checks them: 5 ms of 300 or more, less than 2 %. Beyond, both
@@ -105,6 +106,18 @@ def verify(folder: Path, progress: Callable[[str], None] | None = None) -> Verif
     return Verified(len(found), len(sums["files"]) + 1, size)
 
 
+def check_tensors(folder: Path) -> None:
+    """Compare the tensors of a directory that has checksums; files beside them may have been edited
+    since. Raises `KronyError`."""
+    _, sums = _read(folder)
+    if sums is None:
+        return
+    found = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in _tensors(path)}
+    wanted = sums["tensors"]
+    if wrong := [f"the tensor {name}" for name in wanted if found.get(name) != wanted[name]]:
+        raise KronyError(_message(folder, wrong))
+
+
 def check_factors(folder: Path) -> None:
     """Compare the factors alone, in models of up to `MOST` bytes: a part of loading.
 
@@ -145,15 +158,14 @@ def _message(folder: Path, wrong: list[str]) -> str:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The configuration, and its checksums if it has any of the kind that is known."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KronyError(f"can't read {folder / CONFIG}: {error}") from error
-    section = config.get(SECTION) if isinstance(config, dict) else None
+    config = mapping(read_json(folder / CONFIG), str(folder / CONFIG))
+    section = config.get(SECTION)
     sums = section.get(KEY) if isinstance(section, dict) else None
     if not isinstance(sums, dict) or sums.get("algorithm") != ALGORITHM:
         return config, None
-    if not all(isinstance(sums.get(key), dict) for key in ("tensors", "files")):
+    if not all(isinstance(sums.get(key), dict) for key in ("tensors", "files")) or not isinstance(
+        sums.get("config"), str
+    ):
         raise KronyError(f"the checksums in {folder / CONFIG} are damaged; make the model again")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in sums["files"]):
         raise KronyError(f"the checksums in {folder / CONFIG} name files outside of {folder}")
@@ -196,7 +208,9 @@ def _tensors(path: Path, wanted: dict[str, str] | None = None) -> Iterator[tuple
                     yield name, checksum.hexdigest()
             finally:
                 view.release()
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise KronyError(
             f"{path} is no whole safetensors file ({error}); copy it again, or make the model again"
         ) from error

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from krony.errors import KronyError
+from krony.errors import KronyError, first_line
 from krony.hf import (
     integrity,
     modeling,  # noqa: F401  registers the loader
@@ -25,9 +25,9 @@ from krony.hf import (
     vetting,
 )
 from krony.hf.gguf import is_gguf, load_gguf, load_gguf_tokenizer
+from krony.hf.modeling import config_of
 from krony.hf.whole import unwrapped
 from krony.nn.activations import fuse
-from krony.runtime.layers import is_quantized
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,9 @@ def load_model(
             that say what can't be.
     """
     if is_gguf(source):
-        model = load_gguf(source, dtype)
+        model, report = load_gguf(source, dtype)
+        check_decoder(model.config, str(source))
+        _check_report(str(source), report)
         _check_finite(str(source), model)
     else:
         model = _of_directory(source, dtype)
@@ -161,6 +163,8 @@ def _of_directory(source: str | Path, dtype: torch.dtype | str | None) -> PreTra
     kept = [c for c in conversions if not mapped.keys() & set(c.source_patterns)]
     vars(model)["_weight_conversions"] = kept
     _check_report(str(source), report)
+    if config_of(model) is None and not hasattr(model.config, "quantization_config"):
+        vetting.check_dtypes(str(source), model, found)
     _check_finite(str(source), model)
     if ties.settle(model):
         warnings.warn(
@@ -174,8 +178,7 @@ def _of_directory(source: str | Path, dtype: torch.dtype | str | None) -> PreTra
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0][:300] if lines else ""
+    text = first_line(error, 300) if str(error).strip() else ""
     # Messages of a bare key or number say nothing without the kind of error.
     plain = isinstance(error, OSError | ValueError | RuntimeError) and len(text.split()) > 3
     return text if plain else f"{type(error).__name__} {text}".strip()
@@ -222,17 +225,12 @@ def names(found: list[str]) -> str:
 
 
 def _check_finite(source: str, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if is_quantized(weight) or weight.is_meta or not weight.is_floating_point():
-            continue
-        # Both ends of the range: NaN spreads to them, and it is a tenth of the time of isfinite.
-        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise KronyError(
-                f"{name} of {source} has {bad} NaN or Inf among its {weight.numel():,} numbers; "
-                "the checkpoint is damaged, get it again or train it with a lower learning rate"
-            )
+    if (found := vetting.not_finite(model)) is not None:
+        name, bad, weight = found
+        raise KronyError(
+            f"{name} of {source} has {bad} NaN or Inf among its {weight.numel():,} numbers; "
+            "the checkpoint is damaged, get it again or train it with a lower learning rate"
+        )
 
 
 def _keep_left_over(

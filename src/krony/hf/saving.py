@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.errors import KronyError
@@ -17,8 +16,8 @@ from krony.hf.claims import check_destination, claim, discard, new_directory
 from krony.hf.companions import companions, save_weights
 from krony.hf.loading import resolve
 from krony.hf.modeling import config_of
+from krony.hf.vetting import not_finite
 from krony.hf.whole import left_over
-from krony.runtime.layers import is_quantized
 
 __all__ = [
     "check_destination",
@@ -81,17 +80,13 @@ def save_model(
 
 def _check_finite(model: PreTrainedModel) -> None:
     """Raise `KronyError` for numbers that no loader should accept, as rounding to half makes."""
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if is_quantized(weight) or weight.is_meta or not weight.is_floating_point():
-            continue
-        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise KronyError(
-                f"{name} has {bad} NaN or Inf among its {weight.numel():,} numbers in "
-                f"{str(weight.dtype).removeprefix('torch.')}; write the model in a dtype with a "
-                "wider range: bfloat16 or float32"
-            )
+    if (found := not_finite(model)) is not None:
+        name, bad, weight = found
+        raise KronyError(
+            f"{name} has {bad} NaN or Inf among its {weight.numel():,} numbers in "
+            f"{str(weight.dtype).removeprefix('torch.')}; write the model in a dtype with a "
+            "wider range: bfloat16 or float32"
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

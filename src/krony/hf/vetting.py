@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from krony.errors import KronyError
 from krony.hf.plan import Plan
-from krony.hf.strict import mapping, read_json, shown
+from krony.hf.strict import array, mapping, read_json, shown
 from krony.hf.whole import WRAPPERS, unwrapped
 from krony.nn.packing import Quantized
+from krony.runtime.layers import is_quantized
 from krony.runtime.loader import check_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,11 +35,12 @@ class Weights:
 
     Attributes:
         shapes: by name as the file has it.
-        files: where each of them is.
+        files: where each of them is. dtypes: as the format spells them.
     """
 
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Path]
+    dtypes: dict[str, str]
 
     @property
     def numbers(self) -> int:
@@ -56,12 +58,13 @@ def weights(folder: Path) -> Weights:
     names = [SINGLE] if (folder / SINGLE).is_file() else _indexed(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, Path] = {}
+    dtypes: dict[str, str] = {}
     for name in names:
-        for key, (shape, _) in header(folder / name).items():
+        for key, (shape, dtype) in header(folder / name).items():
             if key in shapes:
                 raise KronyError(f"{key} is both in {files[key].name} and in {name} of {folder}")
-            shapes[key], files[key] = shape, folder / name
-    return Weights(shapes, files)
+            shapes[key], files[key], dtypes[key] = shape, folder / name, dtype
+    return Weights(shapes, files, dtypes)
 
 
 def _indexed(folder: Path) -> list[str]:
@@ -114,6 +117,60 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         ) from error
 
 
+def check_finite(found: Weights) -> None:
+    """Raise `KronyError` for NaN or Inf in any tensor of the files, read one at a time."""
+    for path in sorted(set(found.files.values())):
+        with safe_open(path, framework="pt") as file:
+            for key in (key for key, home in found.files.items() if home == path):
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and (bad := bad_numbers(tensor)):
+                    raise KronyError(
+                        f"{key} in {path} has {bad} NaN or Inf among its "
+                        f"{tensor.numel():,} numbers; the file is damaged, get it or make it again"
+                    )
+
+
+def check_dtypes(source: str, model: torch.nn.Module, found: Weights) -> None:
+    """Raise `KronyError` for whole numbers where the model has weights: they were packed by a
+    program whose scales are lost, and would be taken for weights."""
+    state = model.state_dict()
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for key, dtype in found.dtypes.items():
+        name = unwrapped(key)
+        weight = state.get(name, state.get(prefix + name))
+        whole = dtype[0] in "IU" or dtype == "BOOL"
+        if whole and weight is not None and weight.is_floating_point() and not is_quantized(weight):
+            raise KronyError(
+                f"{key} of {source} is stored as whole numbers ({dtype}), and the model takes it "
+                "for weights: it was quantized by a program that config.json does not name; get "
+                "the checkpoint in half precision"
+            )
+
+
+def not_finite(model: torch.nn.Module) -> tuple[str, int, torch.Tensor] | None:
+    """The first tensor of a model with NaN or Inf: its name, how many, and itself.
+
+    Of quantized weights it is their scales; what is on a disk is passed over.
+    """
+    for name, value in model.state_dict().items():
+        tensor = value.detach()
+        if is_quantized(tensor):
+            name, tensor = f"{name}.scale", tensor.scale
+        if not tensor.is_meta and tensor.is_floating_point() and (bad := bad_numbers(tensor)):
+            return name, bad, tensor
+    return None
+
+
+def bad_numbers(tensor: torch.Tensor) -> int:
+    """How many of a tensor's numbers are NaN or Inf."""
+    if tensor.element_size() == 1:  # 8-bit floats have no minimum in torch
+        tensor = tensor.float()
+    # Both ends of the range: NaN spreads to them, and it is a tenth of the time of isfinite.
+    if not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():
+        return 0
+    return int((~tensor.isfinite()).sum())
+
+
 def configuration(folder: Path, found: Weights) -> dict[str, Any]:
     """The configuration, if nothing in it is absurd beside the weights.
 
@@ -135,10 +192,23 @@ def configuration(folder: Path, found: Weights) -> dict[str, Any]:
         except ValueError as error:
             raise KronyError(f"{path}: {error}") from error
         Plan.from_dict(quantization.get("plan"))
+        _check_provenance(quantization.get("provenance"), f"the provenance in {path}")
         for key in ("quantized", "quantised"):  # the latter in files of 0.1
             if quantization.get(key) is not None:
                 Quantized.from_dict(quantization[key])
+    _check_provenance(config.get("krony"), f"krony in {path}")
     return config
+
+
+def _check_provenance(value: Any, name: str) -> None:
+    """Raise `KronyError` unless what is said of how a model was made has the form of it."""
+    if value is None:
+        return
+    found = mapping(value, name)
+    for text in array(found.get("texts", []), f"texts of {name}", 100_000):
+        mapping(text, f"a text of {name}")
+    for key, row in mapping(found.get("matrices", {}), f"matrices of {name}").items():
+        mapping(row, f"{key} of {name}")
 
 
 def _check_numbers(value: Any, name: str, layers: int) -> None:

@@ -353,7 +353,7 @@ def generate(
             f"{max_new_tokens} new tokens can't be: after a prompt of {ids.shape[1]} tokens the "
             f"model's context leaves 1 to {room}"
         )
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise KronyError(f"a temperature of {temperature} can't be; 0 takes the likeliest token")
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from krony.errors import KronyError, first_line
+from krony.hf.loading import load_model
 from krony.report.models import predicted
 from krony.report.parts import machine, megabytes, million
 from krony.report.read import Directory, directory
@@ -24,8 +25,6 @@ def card(folder: Path, base: str | None = None, license_id: str | None = None) -
     Raises:
         KronyError: no directory of a model.
     """
-    if not (folder / "config.json").is_file():
-        raise KronyError(f"{folder} has no config.json, so it is no model directory")
     found = directory(folder)
     data = ModelCardData(
         base_model=base,
@@ -97,15 +96,22 @@ def push(
     Returns:
         Bytes by file.
     Raises:
-        KronyError: no name of the Hub; it refused, or can't be reached.
+        KronyError: no name of the Hub; a model that does not load, or that is not what krony
+            wrote any more; it refused, or can't be reached.
     """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise KronyError(f"{repository!r} is no name of the Hub: {first_line(error)}") from error
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    sizes = {path.name: path.stat().st_size for path in files}
-    operations: list[Any] = [CommitOperationAdd(path.name, str(path)) for path in files]
+    load_model(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    files = {
+        name: path
+        for name, path in files.items()
+        if path.is_file() and not any(part.startswith(".") for part in Path(name).parts)
+    }
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    operations: list[Any] = [CommitOperationAdd(name, str(p)) for name, p in files.items()]
     if CARD not in sizes:
         content = str(made).encode()
         operations.append(CommitOperationAdd(CARD, content))

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from krony.errors import KronyError
+from krony.hf.integrity import check_tensors
 from krony.hf.plan import MatrixPlan, Plan
-from krony.hf.vetting import header
+from krony.hf.vetting import check_finite, configuration, header, weights
 
 BLOCK = re.compile(r"\.(\d+)\.")
 NO_WEIGHTS = ("I64", "I32", "BOOL")  # places and masks
@@ -82,6 +83,8 @@ def read(paths: list[Path]) -> Found:
         elif path.is_file() and path.suffix == ".json":
             _sort(_json(path), path, found)
         else:
+            if path.suffix.lower() == ".gguf":
+                check_folder(path)
             raise KronyError(
                 f"{path} is nothing to report on; give a model directory, the folder of a "
                 "comparison, or a file that krony evaluate --json or krony bench --json wrote"
@@ -110,9 +113,28 @@ def _json(path: Path) -> Record:
     return content
 
 
+def check_folder(path: Path) -> None:
+    """Raise `KronyError` for what is no directory of a model."""
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        raise KronyError(
+            f"{path} is a GGUF file, and only directories of models are reported on and pushed; "
+            "give the directory that it was exported from"
+        )
+    if not (path / "config.json").is_file():
+        raise KronyError(f"{path} has no config.json, so it is no model directory")
+
+
 def directory(path: Path) -> Directory:
-    """A model directory, without loading the model. Raises `KronyError`."""
-    config = _json(path / "config.json")
+    """A model directory, without loading the model.
+
+    Raises:
+        KronyError: weights that are missing or have NaN in them, files that say what can't be.
+    """
+    check_folder(path)
+    found = weights(path)
+    config = configuration(path, found)
+    check_finite(found)
+    check_tensors(path)
     made = Directory(path, config)
     quantization = config.get("quantization_config") or {}
     if isinstance(quantization, dict) and quantization.get("quant_method") == "kronecker":
@@ -123,7 +145,7 @@ def directory(path: Path) -> Directory:
     if (path / "heal.json").is_file():
         made.heal = _json(path / "heal.json")
     kinds: dict[str, int] = defaultdict(int)
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(set(found.files.values())):
         for name, (shape, dtype) in header(file).items():
             size = math.prod(shape)
             bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3; BOOL is a byte
