@@ -76,7 +76,9 @@ class Bench:
         key = share, tuple(targets), narrow
         if key not in self._prices:
             most = parameters(share, targets)
-            self._prices[key] = price(self.model(), targets, self.moments, most, narrow=narrow)
+            self._prices[key] = price(
+                self.model(), targets, self.moments, most, "size", narrow=narrow
+            )
         return self._prices[key]
 
     def budget(self, share: float, kept: Kept = lambda c: c, narrow: bool = True) -> krony.Plan:

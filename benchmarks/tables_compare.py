@@ -42,3 +42,18 @@ def _cell(row: dict[str, Any] | None, text: str, base: float) -> str:
         return "-"
     value = row["before"][text]["perplexity"]
     return f"{number(value)} ({times(value / base)})" if value < 1e5 else f"{value:.1e}"
+
+
+@table
+def sums() -> str:
+    """What sums leave of the harm of low rank with as many parameters, on a real model's matrices."""
+    rows = read("sums")["rows"]
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    parts = {"0": "a sum alone", "0.1": "a tenth low rank", "0.45": "45 % low rank"}
+    lines = []
+    for name in dict.fromkeys(row["matrix"] for row in rows):
+        of = {row["share"]: row for row in rows if row["matrix"] == name}
+        m, n = next(iter(of.values()))["shape"]
+        for key, said in parts.items():
+            lines.append([f"{name} ({m} x {n})", said, *(f"{of[s][key]:.2f}" for s in shares)])
+    return markdown(["matrix", "", *(f"{s:.0%}" for s in shares)], lines)

@@ -97,7 +97,7 @@ def plan_command(
     if curve:
         if budget:
             raise KronyError("--curve tries ten sizes; leave the budget out")
-        among, aim = target or "mlp", objective or "size"
+        among, aim = target or "mlp", objective
         tokens, work = read(among)
         planning.show_curve(model, tokens, among, aim, seed, memory, json_file, work)
         work.remove()
@@ -280,7 +280,7 @@ def _budget(
         "flops": flops,
         # A size for the whole model leaves it open where to save.
         "target": target or ("mlp" if params is None else "everything"),
-        "objective": objective or "size",
+        "objective": objective,
     }
 
 

@@ -98,7 +98,7 @@ def show_curve(
     model: "transformers.PreTrainedModel",
     tokens: "torch.Tensor",
     target: str,
-    objective: str,
+    objective: str | None,
     seed: int,
     memory: str | None,
     json_file: Path | None,

@@ -93,7 +93,8 @@ InitOption = Annotated[
 Objective = Annotated[
     words.Objective | None,
     typer.Option(
-        help="What else gets that share: decode (time a token), throughput (flops).",
+        help="What gets that share too: throughput (flops; the default), decode (time a token), "
+        "size (nothing; looks for Kronecker sums too, which takes longer).",
         rich_help_panel=FOUND,
     ),
 ]
