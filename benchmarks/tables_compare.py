@@ -46,7 +46,7 @@ def _cell(row: dict[str, Any] | None, text: str, base: float) -> str:
 
 @table
 def sums() -> str:
-    """What sums leave of the harm of low rank with as many parameters, on a real model's matrices."""
+    """What sums leave of the harm of low rank with as many parameters, by matrix."""
     rows = read("sums")["rows"]
     shares = sorted({row["share"] for row in rows}, reverse=True)
     parts = {"0": "a sum alone", "0.1": "a tenth low rank", "0.45": "45 % low rank"}

@@ -122,7 +122,7 @@ def test_every_family_loses_units_and_saves_loads_generates_and_folds(family, tm
         layer = apart.get_submodule(mlp.down.name)
         entry = moments[mlp.down.name]
         bias = layer.bias is not None
-        inputs = entry.inputs.covariance if bias else entry.inputs.second
+        inputs = entry.inputs.weighing(bias)
         metric = fit.Metric.of(inputs, entry.gradient, mlp.down.shape[0])
         old = dense_weight(layer).detach().double()
         units = width.narrow(old, metric, width.elimination(old, metric), mlp.down.hidden // 2)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from krony.compression import width
 from krony.compression.calibrate import Inputs
 from krony.compression.sequential import DataOptions, Pairing, fit_matrix
 from krony.hf.plan import MatrixPlan
@@ -76,7 +77,30 @@ def test_many_tokens_leave_correlations_as_they_are_and_few_do_not():
     changes = [change(count) for count in (16, 96, 160, 16_000)]
     assert changes == sorted(changes, reverse=True)
     assert changes[0] > 0.1
-    assert changes[-1] < 2e-5  # rounding
+    assert changes[-1] < 2e-3  # one part in as many as there are tokens an input
+
+
+def test_it_loses_less_on_other_tokens_than_the_sample_as_it_is():
+    """Half of the inputs, the others made up for; 8 tokens an input, mean over 20 samples."""
+    generator = torch.Generator().manual_seed(0)
+    n, tokens = 48, 8 * 48
+    lost = {"as it is": 0.0, "determined": 0.0}
+    for _ in range(20):
+        mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / 4 + torch.eye(n)
+        x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ mix
+        weight = torch.randn(8, n, generator=generator, dtype=torch.float64)
+        square, outputs = x.T @ x / tokens, torch.eye(8, dtype=torch.float64)
+        found = {
+            "as it is": square,
+            "determined": fit.determined(square, square.diagonal(), tokens),
+        }
+        for name, inputs in found.items():
+            metric = fit.Metric(outputs, inputs)
+            units = width.narrow(weight, metric, width.elimination(weight, metric), n // 2)
+            rest = weight.clone()
+            rest[:, units.kept] -= units.down
+            lost[name] += fit.Metric(outputs, mix.T @ mix).harm(rest)
+    assert lost["determined"] < lost["as it is"]
 
 
 def test_no_inputs_scale_matters():
