@@ -14,7 +14,7 @@ from krony.compare.cells import deviation
 from krony.compare.evidence import Evidence
 from krony.compare.methods import METHODS, chosen
 from krony.compression import prices
-from krony.compression.plain import influence
+from krony.compression.judge import influence
 from krony.errors import KronyError
 from krony.hf.families import blocks, dense_weight
 from krony.hf.modeling import config_of

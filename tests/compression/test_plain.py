@@ -10,7 +10,8 @@ import krony
 from helpers import FAMILIES, logits, tiny
 from krony import KronyError
 from krony.compression import plain
-from krony.compression.plain import Judge, influence, parameters_of, slim
+from krony.compression.judge import Judge, influence
+from krony.compression.plain import parameters_of, slim
 from krony.compression.removal import Heads, Reader, Units
 from krony.compression.settle import settle
 from krony.compression.work import Work

@@ -60,10 +60,11 @@ def compress_plain(
     from krony.compression.work import Work, beside
     from krony.hf import checkpoints
     from krony.measure import info
-    from krony.measure.memory import parse_bytes, peak_bytes
+    from krony.measure.memory import keep_memory, parse_bytes, peak_bytes
 
     tokenizer = checkpoints.find_tokenizer(source)
     model = checkpoints.load_model(source)
+    keep_memory()
     before, target = info.parameters(model), target or "all"
     wanted = parameters_of(model, target, share=share, size=params)
     folder, started = beside(destination), time.monotonic()

@@ -181,6 +181,7 @@ class Job:
         """The plan of least harm, after saying how long finding it will take."""
         from krony.compression.budget import make_budget_plan
         from krony.compression.forecast import forecast
+        from krony.compression.limits import aim
         from krony.hf.families import find_targets
         from krony.measure.memory import parse_bytes, peak_bytes
 
@@ -189,9 +190,11 @@ class Job:
         most, started = parse_bytes(self.memory), time.monotonic()
         targets = find_targets(model, budget["target"])
         expected = forecast(model, tokens, targets, most)
+        sums = aim(budget["objective"], budget["flops"]) != "throughput"
         err.print(
             f"{tokens.numel():,} tokens of calibration: about {minutes(expected.seconds)} and "
-            f"{expected.bytes / 1e9:.1f} GB in all, more where sums of Kronecker products win"
+            f"{expected.bytes / 1e9:.1f} GB in all"
+            + (", several times as long where sums of Kronecker products could win" if sums else "")
         )
         with reporting("Planning") as told:
             found = make_budget_plan(

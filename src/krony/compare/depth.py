@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from krony.compare.evidence import Evidence
-from krony.compression.plain import influence
+from krony.compression.judge import influence
 from krony.errors import KronyError
 from krony.hf.families import blocks
 from krony.hf.smaller import Kept, anatomy, skipped, smaller

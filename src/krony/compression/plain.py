@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression import calibrate, factorise
+from krony.compression.judge import Judge, influence
 from krony.compression.removal import Heads, Reader, Units
 from krony.compression.settle import settle
 from krony.compression.work import Tensors, Work
 from krony.errors import KronyError
-from krony.hf.families import blocks, dense_weight, find_targets, states_and_head
+from krony.hf.families import blocks, dense_weight, find_targets
 from krony.hf.smaller import (
     Anatomy,
     Kept,
@@ -49,7 +50,6 @@ LOOKED_AT = 5  # blocks that are measured for one to go
 TRIED = 6  # mixes that are built and measured
 TAKEN = ("all", "mlp", "attention")
 HELD_OUT = 8  # windows, at the end of those given, on which that is measured
-LOGITS = 2**23  # at a time
 
 Progress = Callable[[str, int, int], None]
 
@@ -152,33 +152,6 @@ def matrices(model: PreTrainedModel, target: str = "all") -> int:
             "leave the target out"
         )
     return sum(math.prod(t.shape) for t in find_targets(model, target))
-
-
-class Judge:
-    """The predictions of a dense model on some windows, to measure others against.
-
-    Args:
-        windows: token ids (windows, window).
-    """
-
-    def __init__(self, teacher: PreTrainedModel, windows: Tensor) -> None:
-        states, self._head = states_and_head(teacher)
-        self._windows = windows.to(teacher.device)
-        with torch.inference_mode():
-            self._hidden = [states(input_ids=row[None])[0] for row in self._windows]
-
-    @torch.inference_mode()
-    def harm(self, model: PreTrainedModel) -> float:
-        """KL divergence of a model from the dense one, nats a token."""
-        states, head = states_and_head(model)
-        total, size = 0.0, max(1, LOGITS // model.config.get_text_config().vocab_size)
-        for row, known in zip(self._windows, self._hidden, strict=True):
-            found = states(input_ids=row[None])[0]
-            for mine, its in zip(found.split(size), known.split(size), strict=True):
-                wanted = self._head(its).float().log_softmax(-1)
-                logits = head(mine).float().log_softmax(-1)
-                total += float((wanted.exp() * (wanted - logits)).sum(dtype=torch.float64))
-        return total / self._windows.numel()
 
 
 @dataclass(frozen=True)
@@ -371,32 +344,6 @@ def _of_each_depth(found: list[Choice]) -> list[Choice]:
     first = {len(choice.gone): choice for choice in reversed(found)}
     best = sorted(first.values(), key=lambda choice: choice.harm)
     return [*best, *(choice for choice in found if choice not in best)]
-
-
-@torch.inference_mode()
-def influence(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """1 minus the cosine of what goes into a block and what comes out, a mean over tokens: one
-    number a block."""
-    modules = [block for _, _, block in blocks(model)]
-    total = torch.zeros(len(modules), dtype=torch.float64)
-
-    def hook(i: int) -> Any:
-        def note(_: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-            given = arguments[0] if arguments else options["hidden_states"]
-            made = output[0] if isinstance(output, tuple) else output
-            alike = torch.cosine_similarity(given.double(), made.double(), dim=-1)
-            total[i] += float((1 - alike).sum())
-
-        return note
-
-    handles = [b.register_forward_hook(hook(i), with_kwargs=True) for i, b in enumerate(modules)]
-    try:
-        for row in windows.to(model.device):
-            model.base_model(input_ids=row[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total / windows.numel()
 
 
 def _choices(
