@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from krony.nn.layers import KroneckerEmbedding, KroneckerGroup, KroneckerLinear
     from krony.text.names import texts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {  # of each public name; the imports above say the same to type checkers
     "INITS": "compression.inits",
