@@ -78,6 +78,7 @@ def _text(inputs):
     return load_text(str(inputs / "text.txt"))
 
 
+@pytest.mark.slow
 def test_all_are_healed_alike(inputs, run, tmp_path, monkeypatch):
     """A factored model, one with unlike widths, one without a block: the same tokens and loss."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

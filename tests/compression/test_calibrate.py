@@ -328,6 +328,7 @@ def test_the_budget_goes_where_the_harm_is():
     assert found.harm < uniform
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 def test_parameters_of_the_whole_model_and_throughput():
     model = tiny("llama")

@@ -259,6 +259,7 @@ def test_a_quantized_model_is_not_healed(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     inputs = healing_inputs(tmp_path)
     for source in ("small", "dense"):

@@ -182,7 +182,7 @@ def test_accumulation_does_not_change_the_run(tmp_path):
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("loss", ["kl", pytest.param("ce", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_does_not_change_the_run(loss, tmp_path):
     (first, teacher), (second, _) = small(), small()
     config = {**CONFIG.__dict__, "loss": loss}

@@ -110,8 +110,15 @@ def close(found, wanted):
 
 
 @pytest.mark.parametrize("dtype", list(cpu_kernels.NAMES))
-@pytest.mark.parametrize("layout", ["small-outer", "large-outer"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("bias", "layout"),
+    [
+        (True, "small-outer"),
+        (False, "large-outer"),
+        pytest.param(False, "small-outer", marks=pytest.mark.slow),
+        pytest.param(True, "large-outer", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("make", [gpt2, llama, phi3])
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_it_is_the_module_that_it_was(pair, make, bias, layout, dtype, monkeypatch):
