@@ -127,10 +127,17 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
+def _first_of(key: str, others: dict[str, Any]) -> str:
+    """The part of a key that nothing among the others begins with."""
+    parts = key.split(".")
+    heads = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    return next((h for h in heads if not any(o == h or o.startswith(f"{h}.") for o in others)), key)
+
+
 def _keys(old: dict[str, Any], new: dict[str, Any]) -> str:
     parts = {
-        "gone": sorted(set(old) - set(new)),
-        "new": sorted(set(new) - set(old)),
+        "gone": sorted({_first_of(key, new) for key in set(old) - set(new)}),
+        "new": sorted({_first_of(key, old) for key in set(new) - set(old)}),
         "other": sorted(key for key in set(old) & set(new) if old[key] != new[key]),
     }
     said = (f"{what}: {', '.join(keys[:6])}" + " ..." * (len(keys) > 6)

@@ -340,10 +340,19 @@ def quantized() -> str:
 @table
 def same_bytes() -> str:
     """What commands write, against an earlier version."""
+    content = read("bytes")
     rows = []
-    for row in read("bytes")["against"]:
-        differs = "; ".join(
-            f"`{path.partition('/')[2] or path}` {how}" for path, how in row["differs"].items()
+    for row, run in zip(content["against"], content["rows"], strict=True):
+        weights: list[tuple[str, str]] = []
+        others: list[tuple[str, str]] = []
+        for path, how in row["differs"].items():
+            name = path.partition("/")[2] or path
+            if name.endswith(".py"):
+                name, how = "modules that travel along", ""
+            (weights if name.endswith((".safetensors", ".onnx")) else others).append((name, how))
+        says = "; ".join(how for _, how in weights) or "equal" * any(
+            path.endswith((".safetensors", ".onnx")) for path in run["files"]
         )
-        rows.append([f"`{row['command']}`", row["equal"], differs or "-"])
-    return markdown(["command", "files equal", "others"], rows)
+        names = ", ".join(dict.fromkeys(name for name, _ in others))
+        rows.append([f"`{row['command']}`", says or "-", row["equal"], names or "-"])
+    return markdown(["command", "weights", "files equal", "other files that differ"], rows)
