@@ -25,6 +25,7 @@ from typing import Any
 
 WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
 REPORTS = ("heal.json", "heal.png")  # times, never the same
+PASSING = ("seconds", "processor_seconds", "date", "environment")  # of a run, not of what it found
 HEAL = "--data text.txt --tokens 512 --batch-tokens 64 --window 16 --dtype float32 --eval-every 128"
 COMMANDS = {
     "compress": "compress dense out --small 2x2 --init van-loan --layout small-outer",
@@ -34,9 +35,15 @@ COMMANDS = {
     "quantize": "quantize small out --to int8",
     "export": "export small out --to dense",
     "export with code": "export small out --to self-contained",
+    "plain": "compress dense out --structure plain --budget 0.6 --calibration text.txt --windows 4",
+    "gguf": "export dense out.gguf --to gguf",
+    "onnx": "export small out --to onnx",
+    "compare": "compare dense -o out --budget 0.5 --methods svd,flap --calibration text.txt "
+    "--windows 4 --data text.txt --evaluated 300",
 }
 # What a command that was stopped goes on from.
-RESUMED = {"heal": ["out.run"], "compress by data": [".out.work"]}
+RESUMED = {"heal": ["out.run"], "compress by data": [".out.work"], "plain": [".out.work"]}
+RESUMED |= {"compare": ["out"]}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Trial:
 # of OpenMP (whoever ran a model has some) can't be forked, its children crash or wait for ever.
 IMPORTED = "torch transformers.models.gpt2.modeling_gpt2 transformers.trainer accelerate onnxscript"
 IMPORTED += " torch.onnx krony krony.cli.app krony.cli.compress krony.cli.heal krony.cli.export"
+IMPORTED += " krony.export.gguf krony.compare.picture krony.compression.plain matplotlib"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(IMPORTED.split())
 Forked = multiprocessing.context.ForkServerProcess
@@ -147,28 +155,55 @@ def ended(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file in a directory but reports."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in REPORTS)
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+    """Every file in a directory but reports, without times; or a file alone."""
+    files = (p for p in [folder, *folder.rglob("*")] if p.is_file() and p.name not in REPORTS)
+    return {p.relative_to(folder).as_posix(): _lasting(p) for p in files}
+
+
+def _lasting(path: Path) -> bytes:
+    """The bytes of a file; of a comparison's figures what is the same each time."""
+    if path.suffix == ".json" and (path.parent.name == "cells" or path.name == "compare.json"):
+        return json.dumps(lasting(json.loads(path.read_text())), sort_keys=True).encode()
+    return path.read_bytes()
+
+
+def lasting(data: Any) -> Any:
+    """Figures without what only that run had."""
+    if isinstance(data, dict):
+        return {k: lasting(v) for k, v in data.items() if k not in PASSING}
+    return [lasting(v) for v in data] if isinstance(data, list) else data
+
+
+def target(name: str) -> Path:
+    """What a command writes."""
+    return Path("out.gguf" if name == "gguf" else "out")
+
+
+def remove(path: Path) -> None:
+    """A directory or a file."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Reference:
     """A command that nobody killed: its seconds and what it wrote."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, name: str) -> None:
         started = time.perf_counter()
-        code, said = ended(*run(command.split()))
+        code, said = ended(*run(COMMANDS[name].split()))
         assert code == 0, said
         self.seconds = time.perf_counter() - started
-        self.wanted = contents(Path("out"))
-        shutil.rmtree("out")
+        self.wanted = contents(target(name))
+        remove(target(name))
 
 
 def trial(name: str, chosen: random.Random, known: dict[str, Reference]) -> Trial:
     """Kill the command once at a random moment, look, and run it again to its end."""
     command = COMMANDS[name].split()
     if name not in known:
-        known[name] = Reference(COMMANDS[name])
+        known[name] = Reference(name)
     reference = known[name]
     number = chosen.choice((signal.SIGKILL, signal.SIGTERM))
     if chosen.random() < 0.5:
@@ -186,7 +221,7 @@ def trial(name: str, chosen: random.Random, known: dict[str, Reference]) -> Tria
     left = sorted(path.name for path in Path().iterdir() if "out" in path.name)
     wrong = "".join(judged(name, said, left, reference))
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(Path(path))
     return Trial(name, number.name, moment, code, left, wrong)
 
 
@@ -197,25 +232,46 @@ def judged(name: str, said: str, left: list[str], reference: Reference) -> Itera
     kept = RESUMED.get(name, [])
     if hidden := [path for path in left if path.startswith(".") and path not in kept]:
         yield f"hidden copies: {hidden} "
-    if unknown := set(left) - {"out", *kept, *hidden}:
+    out = target(name)
+    if unknown := set(left) - {out.name, *kept, *hidden}:
         yield f"left: {unknown} "
-    if "out" in left:
-        if contents(Path("out")) != reference.wanted:
+    if out.name in left and "out" not in kept:
+        if contents(out) != reference.wanted:
             yield "the destination is not complete "
         return
     again = COMMANDS[name].split() + (["--resume"] if "out.run" in left else [])
     code, said = ended(*run(again))
     if code:
         yield f"it can't be run again: {said[-300:]} "
-    elif contents(Path("out")) != reference.wanted:
+    elif contents(out) != reference.wanted:
         yield "run again, it writes something else "
     elif rest := [path for path in kept if path.startswith(".") and Path(path).exists()]:
         yield f"run again, it leaves {rest} "
     after = sorted(path.name for path in Path().iterdir() if "out" in path.name)
-    if not code and after != ["out"]:
+    if not code and after != [out.name]:
         yield f"run again, it leaves {after} "
     for path in after:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(Path(path))
+
+
+def by_threads(name: str) -> float:
+    """The largest difference of a tensor that a command writes with two threads from one thread's,
+    relative to its norm."""
+    from safetensors.torch import load_file
+
+    made = []
+    for threads in (1, 2):
+        code, said = ended(*run(COMMANDS[name].split(), threads=threads))
+        assert code == 0, said
+        made.append(load_file("out/model.safetensors"))
+        remove(Path("out"))
+    one, two = made
+    assert one.keys() == two.keys()
+    return max(
+        float((two[k].double() - a.double()).norm() / a.double().norm().clamp(min=1e-30))
+        for k, a in one.items()
+        if a.is_floating_point()
+    )
 
 
 def prepare() -> None:
