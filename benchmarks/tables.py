@@ -15,6 +15,7 @@ import tables_compare
 import tables_healing
 import tables_quality
 import tables_speed
+import tables_trust
 from tabular import DOCS, TABLES
 
 TEMPLATE, PAGE = DOCS / "results.in.md", DOCS / "results.md"
@@ -22,7 +23,15 @@ NOTE = "<!-- Made by `make docs` from results.in.md and benchmarks/results: edit
 README = DOCS.parent / "README.md"
 MARKED = re.compile(r"(<!-- table -->).*?(<!-- /table -->)", re.DOTALL)
 PLACE = re.compile(r"^\{\{ (.+) \}\}$", re.MULTILINE)
-__all__ = ["page", "readme", "tables_compare", "tables_healing", "tables_quality", "tables_speed"]
+__all__ = [
+    "page",
+    "readme",
+    "tables_compare",
+    "tables_healing",
+    "tables_quality",
+    "tables_speed",
+    "tables_trust",
+]
 
 
 def page() -> str:

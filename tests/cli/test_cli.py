@@ -312,9 +312,12 @@ def corner(tmp_path_factory):
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_sentence(what, corner, run):
     arguments, message = BAD[what]
+    if "onnx" in what:
+        pytest.importorskip("onnx")
     code, out, err = run(*(a.format(**corner) for a in arguments))
     assert code == 2
     assert message in err
+    err = err.lstrip("\n")  # where older versions of rich have cleared a bar
     assert err.startswith("krony: ")
     assert err.count("\n") == 1, "one line"
     assert "Traceback" not in err + out

@@ -64,7 +64,7 @@ def test_figures(name, here):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("name", DATA[:2])
-def test_what_another_number_of_threads_changes(name, here):
-    """Nothing but rounding, where no choice hangs on it: the same tensors of the same plan."""
-    assert trials.by_threads(name) < 1e-3
+@pytest.mark.parametrize(("name", "most"), [("heal", 1e-2), ("compress by data", 0.5)])
+def test_what_another_number_of_threads_changes(name, most, here):
+    """Rounding alone, which fits that stop early carry on."""
+    assert trials.by_threads(name) < most

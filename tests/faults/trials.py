@@ -1,6 +1,6 @@
 """Commands that are killed at random moments of their work, and what they leave.
 
-python tests/faults/trials.py 200      writes benchmarks/results/faults.json
+python tests/faults/trials.py 200 [SECONDS]    writes benchmarks/results/faults.json
 
 Importing takes longer than working here, so a trial is a fork of a server that has imported all.
 Half of the kills strike by the clock, anywhere in the run; the other half just before the process
@@ -8,6 +8,7 @@ opens, renames or removes something where it writes, which is where harm is done
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -311,7 +312,9 @@ def main() -> None:
     from krony.measure.evaluate import environment
 
     count, seed = int(sys.argv[1]), 0
-    target = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
+    most = float(sys.argv[2]) if len(sys.argv) > 2 else math.inf
+    started = time.monotonic()
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
     done: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -319,6 +322,8 @@ def main() -> None:
         for one in trials(count, seed):
             done.append(one)
             print(len(done), json.dumps(asdict(one)), flush=True)
+            if time.monotonic() - started > most:
+                break
         os.chdir("/")
     by_command = {
         name: {
@@ -329,7 +334,7 @@ def main() -> None:
         for name in COMMANDS
     }
     write_json(
-        target,
+        results,
         {
             "environment": environment(),
             "seed": seed,

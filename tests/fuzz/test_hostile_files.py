@@ -4,6 +4,7 @@ A short run here; `make fuzz` runs it long (KRONY_FUZZ examples a file; another
 KRONY_FUZZ_SEED: other ones).
 """
 
+import copy
 import json
 import os
 import resource
@@ -84,7 +85,8 @@ def changed(draw, original):
         elif what == "many":
             inner[path[-1]] = [inner[path[-1]]] * 100
         else:
-            inner[path[-1]] = draw(HOSTILE)
+            # A copy: a later change must not reach into what is drawn again.
+            inner[path[-1]] = copy.deepcopy(draw(HOSTILE))
     return value
 
 
