@@ -26,6 +26,7 @@ from krony.compression.work import Work, model_digest
 from krony.errors import KronyError
 from krony.healing.training import Stopped
 from krony.hf import checkpoints
+from krony.hf.claims import write_error
 from krony.hf.modeling import config_of
 from krony.hf.probes import rows
 from krony.hf.strict import mapping, read_json
@@ -191,7 +192,10 @@ class Comparison:
             raise
         # An answer like any other.
         except (KronyError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            if method is None:  # then there is nothing to compare with
+            # Without the dense model there is nothing to compare with, and what the machine could
+            # not write is no method's answer.
+            cause = error.__cause__
+            if method is None or (cause is not None and write_error(cause) is not None):
                 raise
             row["refused"] = str(error)
             return row
