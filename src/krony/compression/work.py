@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from krony.compression import together
 from krony.errors import KronyError
 
-FORMAT = 1  # of what is kept: a newer one does not read what an older one wrote
+FORMAT = 2  # of what is kept: a newer one does not read what an older one wrote
 Tensors = dict[str, Tensor]
 
 
