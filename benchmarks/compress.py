@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="calibration text, as krony compress takes")
     parser.add_argument("--evaluate", required=True, help="raw WikiText-2 test, or another text")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--objective", default="throughput")
+    parser.add_argument("--objective", default="size")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--memory", type=float, default=4.0, help="gigabytes")

@@ -35,10 +35,10 @@ WINDOW, EVALUATED, CALIBRATION = 256, 65_536, 256
 HELD_OUT = 64  # blocks that choose the best weights
 # What the planner is told for each of the starts that it finds.
 PLANNED: dict[str, dict[str, Any]] = {
-    "budget": {"objective": "size"},
-    "budget for decode": {"objective": "decode"},
+    "budget": {"sums": True},
+    "budget for decode": {"objective": "decode", "sums": True},
     "budget for throughput": {"objective": "throughput"},
-    "mix": {"objective": "size", "narrow": False},
+    "mix": {"sums": True, "narrow": False},
 }
 COMPARISON = "comparison"  # one plain recipe for all starts and losses
 
@@ -55,7 +55,7 @@ RECIPES[COMPARISON] = comparison
 class Cell:
     """One run: how the quarter-size MLPs start, and what they are trained on.
 
-    "budget" is what the planner finds with the objective size, "budget for decode" and "for
+    "budget" is what the planner finds with sums, "budget for decode" and "for
     throughput" with these; "mix" what it finds with all hidden units, low rank beside
     balanced sums; "narrowed" fewer units and nothing factored.
     """

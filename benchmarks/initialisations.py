@@ -77,7 +77,7 @@ class Bench:
         if key not in self._prices:
             most = parameters(share, targets)
             self._prices[key] = price(
-                self.model(), targets, self.moments, most, "size", narrow=narrow
+                self.model(), targets, self.moments, most, narrow=narrow, sums=True
             )
         return self._prices[key]
 

@@ -75,7 +75,10 @@ def test_it_heals_towards_the_blocks_that_it_stands_for(made):
         (["--budget", "0.5", "--terms", "2"], "--terms: for factors"),
         (["--shape", "8x8"], "--shape: for factors"),
         ([], "say how small"),
-        (["--budget", "0.5", "--objective", "decode"], "--flops and --objective: for factors"),
+        (
+            ["--budget", "0.5", "--objective", "decode"],
+            "--flops, --objective and --sums: for factors",
+        ),
         (["--budget", "0.5", "--target", "embedding"], "can lose all, mlp, attention"),
         (["--budget", "1.5"], "is no share"),
         (["--budget", "0.5", "--windows", "0"], "0 calibration windows can't be"),

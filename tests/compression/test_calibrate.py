@@ -333,15 +333,15 @@ def test_the_budget_goes_where_the_harm_is():
 def test_parameters_of_the_whole_model_and_throughput():
     model = tiny("llama")
     before = sum(p.numel() for p in model.parameters())
-    found = make_budget_plan(
-        model, WINDOWS, parameters=before - 5000, target="all", objective="size"
-    )
+    found = make_budget_plan(model, WINDOWS, parameters=before - 5000, target="all", sums=True)
     after = before - found.plan.dense_parameters + found.plan.parameters
     assert before - 6500 < after <= before - 5000
     compress(model, found.plan, init="data", calibration=WINDOWS, moments=found.moments)
     assert sum(p.numel() for p in model.parameters()) == after
     assert any(isinstance(m, KroneckerLinear) for m in model.modules())
-    fast = make_budget_plan(tiny("llama"), WINDOWS, share=0.5).plan
+    fast = make_budget_plan(
+        tiny("llama"), WINDOWS, share=0.5, objective="throughput", sums=True
+    ).plan
     assert all(g.large[1] == 1 for m in fast.matrices for g in m.groups)
 
 

@@ -64,7 +64,7 @@ def catalogue(model, target="mlp"):
 def test_what_a_plan_takes_of_sums_was_fitted():
     """Every chosen sum has about the harm of a fit of its own; tiny matrices have few ranks."""
     targets, priced = catalogue(tiny("gpt2"))
-    most = limits(targets, 10**6, share=0.4, objective="size")
+    most = limits(targets, 10**6, share=0.4)
     found = priced.at(most, sums=True)
     taken = [c for c in choose(found.rows, most) if len(c.groups) == 2]
     assert taken
@@ -77,7 +77,7 @@ def test_what_a_plan_takes_of_sums_was_fitted():
 
 def test_sums_that_cannot_win_are_not_fitted(monkeypatch):
     targets, priced = catalogue(tiny("gpt2"))
-    most = limits(targets, 10**6, share=0.4, objective="size")
+    most = limits(targets, 10**6, share=0.4)
     fits = []
     fitting = fit.groups
     monkeypatch.setattr(fit, "groups", lambda *a, **k: (fits.append(a), fitting(*a, **k))[1])

@@ -28,6 +28,7 @@ from krony.cli.shapes import (
     ShapeText,
     Share,
     SmallText,
+    Sums,
     TargetText,
     Terms,
     Windows,
@@ -55,6 +56,7 @@ def plan_command(
     target: TargetText = None,
     layout: LayoutOption = None,
     objective: Objective = None,
+    sums: Sums = False,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
     bos: CalibrationBos = "auto",
@@ -90,16 +92,19 @@ def plan_command(
         tokens = planning.calibration_text(model, tokenizer, calibration, number, seed, bos, folder)
         return tokens, work if folder is None else Work.of(model, tokens, seed, folder)
 
-    budget = _budget(share, params, flops, None if curve else objective, target)
+    asked = (None, False) if curve else (objective, sums)
+    budget = _budget(share, params, flops, *asked, target)
     planning.check_any(budget, scheme, shape, small, curve)
     planning.check_one_way(None, budget, scheme or shape or small, terms != 1 or scalars or layers)
     model = checkpoints.load_model(source)
     if curve:
         if budget:
             raise KronyError("--curve tries ten sizes; leave the budget out")
-        among, aim = target or "mlp", objective
+        among = target or "mlp"
         tokens, work = read(among)
-        planning.show_curve(model, tokens, among, aim, seed, memory, json_file, work)
+        planning.show_curve(
+            model, tokens, among, objective or "size", sums, seed, memory, json_file, work
+        )
         work.remove()
         return
     if budget:
@@ -146,6 +151,7 @@ def compress_command(
         ),
     ] = None,
     objective: Objective = None,
+    sums: Sums = False,
     init: InitOption = words.DATA,
     calibration: Calibration = words.SELF,
     windows: Windows = None,
@@ -168,7 +174,7 @@ def compress_command(
 
     first = _first_of_processes()
     checkpoints.check_destination(destination)
-    budget = _budget(share, params, flops, objective, target)
+    budget = _budget(share, params, flops, objective, sums, target)
     if structure == "plain":
         others = {
             "--scheme": scheme, "--shape": shape, "--small": small, "--terms": terms != 1,
@@ -267,20 +273,29 @@ def _budget(
     params: str | None,
     flops: float | None,
     objective: words.Objective | None,
+    sums: bool,
     target: str | None,
 ) -> dict[str, Any]:
     """What `make_budget_plan` is asked for; nothing where no budget is given."""
     if share is None and params is None and flops is None:
         if objective is not None:
             raise KronyError("an objective needs a budget: --budget, --params or --flops")
+        if sums:
+            raise KronyError("--sums needs a budget: --budget, --params or --flops")
         return {}
+    if sums and objective == "throughput":
+        raise KronyError(
+            "sums of Kronecker products have more arithmetic than the matrix, and the objective "
+            "throughput saves it; leave out --sums, or the objective"
+        )
     return {
         "share": share,
         "parameters": params,
         "flops": flops,
         # A size for the whole model leaves it open where to save.
         "target": target or ("mlp" if params is None else "everything"),
-        "objective": objective,
+        "objective": objective or "size",
+        "sums": sums,
     }
 
 

@@ -36,10 +36,10 @@ def check_plain(budget: dict[str, Any], others: dict[str, Any]) -> None:
             "say how small: --size 60% of the whole model, or --budget 0.8 of the matrices of its "
             "blocks"
         )
-    if budget["flops"] is not None or budget["objective"] is not None:
+    if budget["flops"] is not None or budget["objective"] != "size" or budget["sums"]:
         raise KronyError(
-            "--flops and --objective: for factors; an ordinary model has as many multiply-adds as "
-            "its matrices have parameters"
+            "--flops, --objective and --sums: for factors; an ordinary model has as many "
+            "multiply-adds as its matrices have parameters"
         )
 
 

@@ -52,7 +52,7 @@ def check_budget(model: "transformers.PreTrainedModel", budget: dict[str, Any]) 
     from krony.hf.families import find_targets
     from krony.measure import info
 
-    asked = {key: value for key, value in budget.items() if key != "target"}
+    asked = {key: value for key, value in budget.items() if key not in ("target", "sums")}
     limits.limits(find_targets(model, budget["target"]), info.parameters(model), **asked)
 
 
@@ -98,7 +98,8 @@ def show_curve(
     model: "transformers.PreTrainedModel",
     tokens: "torch.Tensor",
     target: str,
-    objective: str | None,
+    objective: str,
+    sums: bool,
     seed: int,
     memory: str | None,
     json_file: Path | None,
@@ -116,6 +117,7 @@ def show_curve(
             CURVE,
             target=target,
             objective=objective,
+            sums=sums,
             seed=seed,
             progress=told,
             work=work,
@@ -181,7 +183,6 @@ class Job:
         """The plan of least harm, after saying how long finding it will take."""
         from krony.compression.budget import make_budget_plan
         from krony.compression.forecast import forecast
-        from krony.compression.limits import aim
         from krony.hf.families import find_targets
         from krony.measure.memory import parse_bytes, peak_bytes
 
@@ -190,11 +191,10 @@ class Job:
         most, started = parse_bytes(self.memory), time.monotonic()
         targets = find_targets(model, budget["target"])
         expected = forecast(model, tokens, targets, most)
-        sums = aim(budget["objective"], budget["flops"]) != "throughput"
+        longer = ", several times as long where sums could win" if budget["sums"] else ""
         err.print(
             f"{tokens.numel():,} tokens of calibration: about {minutes(expected.seconds)} and "
-            f"{expected.bytes / 1e9:.1f} GB in all"
-            + (", several times as long where sums of Kronecker products could win" if sums else "")
+            f"{expected.bytes / 1e9:.1f} GB in all{longer}"
         )
         with reporting("Planning") as told:
             found = make_budget_plan(

@@ -93,8 +93,16 @@ InitOption = Annotated[
 Objective = Annotated[
     words.Objective | None,
     typer.Option(
-        help="What gets that share too: throughput (flops; the default), decode (time a token), "
-        "size (nothing; looks for Kronecker sums too, which takes longer).",
+        help="What gets that share too: decode (time a token), throughput (flops).",
+        rich_help_panel=FOUND,
+    ),
+]
+Sums = Annotated[
+    bool,
+    typer.Option(
+        "--sums",
+        help="With a budget: look for sums of Kronecker products as well. Takes several times as "
+        "long, and they have more arithmetic.",
         rich_help_panel=FOUND,
     ),
 ]

@@ -21,7 +21,7 @@ from krony.compression import calibrate, embedding, width
 from krony.compression.calibrate import Moments
 from krony.compression.embedding import RowMetric
 from krony.compression.factorise import Known, collect
-from krony.compression.limits import READ, Candidate, Currency, aim, candidate, choose, limits
+from krony.compression.limits import READ, Candidate, Currency, candidate, choose, limits
 from krony.compression.prices import (
     SUMS,
     Matrix,
@@ -68,7 +68,8 @@ def make_budget_plan(
     parameters: int | None = None,
     flops: float | None = None,
     target: str = "mlp",
-    objective: str | None = None,
+    objective: str = "size",
+    sums: bool = False,
     moments: Mapping[str, Known] | None = None,
     narrow: bool = True,
     seed: int = 0,
@@ -84,10 +85,10 @@ def make_budget_plan(
         parameters: of the whole model, instead of a share.
         flops: share of the targets' multiply-adds; alone, or beside a budget of parameters.
         target: see `families.find_targets`.
-        objective: what the same share must hold in besides: "throughput" the multiply-adds,
-            "decode" the time to decode a token, "size" nothing else; the latter two look for sums
-            of Kronecker products too, which takes longer. Default: "throughput", with `flops`
-            "size"; see `limits.py`.
+        objective: what the same share must hold in besides: "size" nothing else, "decode" the time
+            to decode a token, "throughput" the multiply-adds; see `limits.py`.
+        sums: also look for sums of Kronecker products beside low rank, which takes several times as
+            long and makes models with more arithmetic; see `price`.
         moments: of every matrix that `target` selects, if they were collected already.
         narrow: also take hidden units out of MLPs, where all of their matrices are targets.
         seed: of the labels that calibration samples.
@@ -108,7 +109,7 @@ def make_budget_plan(
     if rest := families.left_out(model):
         warnings.warn(rest, stacklevel=2)
     catalogue = Catalogue.of(model, targets, moments, work, narrow, progress)
-    return plan_within(catalogue, most, aim(objective, flops), progress)
+    return plan_within(catalogue, most, objective, progress, sums)
 
 
 def make_curve(
@@ -117,7 +118,8 @@ def make_curve(
     shares: Sequence[float],
     *,
     target: str = "mlp",
-    objective: str | None = None,
+    objective: str = "size",
+    sums: bool = False,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     work: Work | None = None,
@@ -133,7 +135,7 @@ def make_curve(
     found = []
     for number, most in enumerate(budgets, 1):
         with suppress(KronyError):
-            found.append(plan_within(catalogue, most, aim(objective, None), progress))
+            found.append(plan_within(catalogue, most, objective, progress, sums))
         if progress is not None:
             progress("Planning", number, len(budgets))
     return found
@@ -165,11 +167,12 @@ def known(
 def plan_within(
     catalogue: "Catalogue",
     most: dict[Currency, float],
-    objective: str,
+    objective: str = "size",
     progress: Callable[[str, int, int], None] | None = None,
+    sums: bool = False,
 ) -> BudgetPlan:
     """The plan of least predicted harm that costs no more than `most`."""
-    prices = best(catalogue, most, objective, progress)
+    prices = best(catalogue, most, objective, progress, sums)
     chosen = choose(prices.rows, most)
     pairs = zip(prices.targets, chosen, strict=True)
     return BudgetPlan(
@@ -220,31 +223,32 @@ def price(
     targets: list[Target],
     moments: Mapping[str, Known],
     most: dict[Currency, float],
-    objective: str | None = None,
+    objective: str = "size",
     narrow: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
     work: Work | None = None,
+    sums: bool = False,
 ) -> Prices:
     """Candidates for every target, after MLPs lost the units that a budget of `most` is better
     spent without; see `make_budget_plan`.
 
-    Under "throughput", the default, there are no sums: a balanced one takes several times the
-    multiply-adds of the matrix. Elsewhere they are taken where they save a share of `WORTH` of the
-    harm.
+    Sums that are asked for are taken where they save a share of `WORTH` of the harm; never under
+    "throughput": a balanced one takes several times the multiply-adds of the matrix.
     """
     catalogue = Catalogue.of(model, targets, moments, work or Work(), narrow, progress)
-    return best(catalogue, most, aim(objective, None), progress)
+    return best(catalogue, most, objective, progress, sums)
 
 
 def best(
     catalogue: "Catalogue",
     most: dict[Currency, float],
-    objective: str,
+    objective: str = "size",
     progress: Callable[[str, int, int], None] | None = None,
+    sums: bool = False,
 ) -> Prices:
     """Candidates for every target at one budget, with sums or without; see `price`."""
     plain = catalogue.at(most)
-    if objective == "throughput":
+    if not sums or objective == "throughput":
         return plain
     told = progress and partial(progress, "Pricing sums")
     below = (1 - WORTH) * (sum(c.harm for c in choose(plain.rows, most)) + plain.lost)

@@ -61,21 +61,6 @@ def candidate(target: Target, groups: tuple[Factors, ...], harm: float) -> Candi
     return Candidate(groups, plan.parameters, plan.multiply_adds, harm, plan.reads)
 
 
-def aim(objective: str | None, flops: float | None) -> Objective:
-    """The objective, or where none is given what most want: fewer parameters and as much less
-    arithmetic; beside a bound on the arithmetic, fewer parameters.
-
-    Raises:
-        KronyError: there is none of that name.
-    """
-    if objective is None:
-        return "throughput" if flops is None else "size"
-    for known in OBJECTIVES:
-        if objective == known:
-            return known
-    raise KronyError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-
-
 def limits(
     targets: Sequence[Target],
     total: int,
@@ -83,7 +68,7 @@ def limits(
     share: float | None = None,
     parameters: int | None = None,
     flops: float | None = None,
-    objective: str | None = None,
+    objective: str = "size",
 ) -> dict[Currency, float]:
     """The most that all targets together may cost, by currency.
 
@@ -92,12 +77,12 @@ def limits(
         share: of the targets' parameters, between 0 and 1.
         parameters: of the whole model, instead of a share.
         flops: share of the targets' multiply-adds; alone, or beside a budget of parameters.
-        objective: "size" adds nothing, "decode" and "throughput" the same share of their own; see
-            `aim` for None.
+        objective: "size" adds nothing, "decode" and "throughput" the same share of their own.
     Raises:
         KronyError: no budget, two that say the same, or one that no choice of factors can meet.
     """
-    asked, objective = objective, aim(objective, flops)
+    if objective not in OBJECTIVES:
+        raise KronyError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     if share is not None and parameters is not None:
         raise KronyError("give a budget as a share or as the parameters of the model, not both")
     dense = [candidate(t, (), 0.0) for t in targets]
@@ -127,8 +112,7 @@ def limits(
                 "the objective throughput already holds the multiply-adds to the share of the "
                 "budget; leave out --flops, or the objective"
             )
-        if asked is not None or whole["multiply-adds"]:  # a lookup has none
-            found.setdefault("multiply-adds", most / whole[currency] * whole["multiply-adds"])
+        found.setdefault("multiply-adds", most / whole[currency] * whole["multiply-adds"])
     elif objective == "decode":
         found["decode"] = most / whole[currency] * whole["decode"]
     for name in found:

@@ -107,7 +107,7 @@ def run(
 def _by_budget(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int) -> Plan:
     """Compress the model to a quarter of its MLP parameters, whatever shapes that takes."""
     tokens = calibrate.calibration_windows("python-docstrings", model, tokenizer, windows)
-    found = make_budget_plan(model, tokens, share=0.25, objective="size")
+    found = make_budget_plan(model, tokens, share=0.25, sums=True)
     compress(model, found.plan, init=DATA, calibration=tokens, moments=found.moments)
     return found.plan
 

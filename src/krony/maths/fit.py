@@ -32,7 +32,7 @@ Pair = tuple[Tensor, Tensor]  # (outer, inner), (R, ·, ·) each
 INPUT_RIDGE = 1e-6  # of the mean of the diagonal: only to make a singular covariance invertible
 STEPS = 12  # of ten L-BFGS iterations each; fewer where they gain little
 ENOUGH = 8  # tokens an input, to say that in some direction there is nothing
-EMPTY = 1e-3  # of a correlation matrix's mean eigenvalue: next to nothing
+EMPTY = 1e-2  # of a correlation matrix's mean eigenvalue: next to nothing
 ROUNDING = 1e-5  # of E[x²]: what products of a few thousand tokens in float32 leave open
 GRADIENT_RIDGE = 1e-2  # sampled gradients are noisier; measured to be flat from 1e-3 to 1e-1
 
@@ -122,7 +122,7 @@ def determined(moments: Tensor, square: Tensor, tokens: int) -> Tensor:
     target = torch.eye(n, dtype=moments.dtype, device=moments.device)
     correlations.diagonal().fill_(1.0)
     if few < 1:  # in a direction of variance λ it is λ / (λ + EMPTY) instead of 1
-        root, failed = torch.linalg.cholesky_ex(correlations + EMPTY * target)
+        root, failed = torch.linalg.cholesky_ex(correlations + (EMPTY + INPUT_RIDGE) * target)
         if int(failed) == 0:  # else all that moves is rounding
             target -= (1 - few) * EMPTY * torch.cholesky_inverse(root)
     shrunk = (1 - share) * correlations + share * target
