@@ -53,6 +53,14 @@ def test_the_result_loads_and_says_how_it_was_made(heal, inputs, tmp_path):
     assert not (tmp_path / "healed.run").exists()
 
 
+def test_it_says_when_it_did_not_help(heal, inputs, tmp_path):
+    code, _, err = heal("--teacher", inputs / "dense", "--lr", 3)
+    assert code == 0, err
+    assert "healing did not help" in err
+    before, after = (krony.load_model(p) for p in (inputs / "small", tmp_path / "healed"))
+    assert torch.equal(logits(before), logits(after))
+
+
 def test_data_free_on_text_of_the_teacher(heal, inputs, tmp_path):
     code, _, err = heal("--teacher", inputs / "dense", data="self")
     assert code == 0, err

@@ -320,6 +320,11 @@ def heal_command(
             f"Held-out loss {first['held_out']:.4f} before, {record.best:.4f} at best, "
             f"{last['held_out']:.4f} at the end, over {last['tokens']:,} tokens."
         )
+        if record.best >= first["held_out"]:
+            err.print(
+                "krony: healing did not help, and the weights are those that it began with; try a "
+                "lower --lr (a third or a tenth), or text of the kind that the model was made for"
+            )
         for name, (before, after) in record.reconstruction.items():
             out.print(f"{name}: error {before:.3f} of the variance, reconstructed {after:.3f}")
         speed = record.speed
