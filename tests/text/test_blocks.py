@@ -8,6 +8,7 @@ import pytest
 
 from krony import load_tokenizer
 from krony.errors import KronyError
+from krony.text import files
 from krony.text.blocks import from_ids, hold_out, load_blocks
 
 TEXTS = [f"Document {i}. It says {i * i}.\nIts second line.\n\nAnd more." for i in range(40)]
@@ -55,6 +56,20 @@ def test_every_reader_gives_the_same_blocks(kind, streaming, tokenizer, tmp_path
     wanted = [tuple(ids[i : i + 32]) for i in range(0, len(ids) - 31, 32)]
     assert sorted(rows) == sorted(wanted)
     assert rows != wanted  # shuffled
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_interrupt_is_an_interrupt(after, tokenizer, tmp_path, monkeypatch):
+    """The library makes an error of its own of it, with fifty lines of traceback."""
+    name = write(tmp_path, "txt", tokenizer.eos_token)
+
+    def documents(*_, **__):
+        yield from TEXTS[:after]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "documents", documents)
+    with pytest.raises(KeyboardInterrupt):
+        load_blocks([name], tokenizer, 32)
 
 
 def test_the_order_follows_the_seed(tokenizer, tmp_path):

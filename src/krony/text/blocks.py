@@ -4,7 +4,7 @@ A block is a row {"input_ids": [window ids]}. Documents are tokenized one by one
 the end-of-text token, joined and cut; the tail of each batch of a thousand documents is dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -174,9 +174,7 @@ def _documents(name: str, mark: str, streaming: bool) -> Blocks:
     data.check_name(name, (*CORPORA, *data.TEXTS, "python-docstrings"))
     if name == "python-docstrings":
         # Reading every installed module takes a minute: kept by what is installed.
-        return datasets.Dataset.from_generator(
-            _docstrings, gen_kwargs={"installed": docstrings.installed()}
-        )
+        return _made(datasets.Dataset, name, _docstrings, {"installed": docstrings.installed()})
     if name in data.TEXTS and name not in CORPORA:
         return datasets.Dataset.from_dict({"text": [data.load_text(name).text]})
     if name in CORPORA:
@@ -194,11 +192,21 @@ def _documents(name: str, mark: str, streaming: bool) -> Blocks:
         "mark": mark,
         "stamp": str(stamps),  # a file that changed is read anew, not taken from the cache
     }
+    return _made(kind, name, _files, kwargs)
+
+
+def _made(kind: Any, name: str, rows: Callable[..., Any], kwargs: dict[str, Any]) -> Blocks:
+    """A data set of what a generator yields. Raises `KronyError`."""
     try:
-        return kind.from_generator(_files, gen_kwargs=kwargs)
+        made: Blocks = kind.from_generator(rows, gen_kwargs=kwargs)
+        return made
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, KronyError):
-            raise error.__cause__ from error
+        # The library wraps what ended the generator, and what came of that, an interrupt too.
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KronyError | KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         reason = first_line(error.__cause__ or error)
         raise KronyError(f"can't read the text {name}: {reason}") from error
 
