@@ -63,9 +63,17 @@ class RowMetric:
         image = self.apply(delta)
         return 0.5 * (image * delta).sum(), image
 
-    def to(self, dtype: torch.dtype) -> "RowMetric":
-        """The same in another precision."""
-        return RowMetric(tuple(Use(u.rows.to(dtype), u.columns.to(dtype)) for u in self.uses))
+    @property
+    def powers(self) -> tuple[float, float]:
+        """The powers of four that rows and columns are about as large as."""
+        rows = torch.stack([use.rows.abs().max() for use in self.uses])
+        columns = torch.stack([use.columns.abs().max() for use in self.uses])
+        return fit.power(rows), fit.power(columns)
+
+    def to(self, dtype: torch.dtype, rows: float = 1.0, columns: float = 1.0) -> "RowMetric":
+        """The same in another precision, rows and columns times a number each."""
+        made = ((rows * u.rows, columns * u.columns) for u in self.uses)
+        return RowMetric(tuple(Use(r.to(dtype), c.to(dtype)) for r, c in made))
 
     @cached_property
     def nearest(self) -> Use:

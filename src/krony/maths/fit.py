@@ -80,6 +80,11 @@ class Metric:
         rest = whitened - taken
         return 0.5 * rest.square().sum(), left @ rest @ right.T
 
+    @property
+    def powers(self) -> tuple[float, float]:
+        """The powers of four that G and C are about as large as."""
+        return power(self.outputs), power(self.inputs)
+
     def to(self, dtype: torch.dtype, outputs: float = 1.0, inputs: float = 1.0) -> "Metric":
         """The metric of G and C times these, in another precision; the square roots are rounded,
         not taken anew."""
@@ -210,7 +215,7 @@ def refine(
         The refined pairs, and the harm before the first and after each step, which never rises.
     """
     # Powers of two, which round nothing: what float64 holds may be nothing or infinite in float32.
-    size, outputs, inputs = map(_power, (weight, metric.outputs, metric.inputs))
+    size, (outputs, inputs) = power(weight), metric.powers
     history = [float(metric.rest(weight - kron.sum_to_dense(pairs), rank)[0])]
     scale = history[0] / size / size / outputs / inputs or 1.0
     rough, target = metric.to(dtype, 1 / outputs, 1 / inputs), (weight / size).to(dtype)
@@ -249,7 +254,7 @@ def refine(
     return [balanced(*pair) for pair in _paired(best)], history
 
 
-def _power(matrix: Tensor) -> float:
+def power(matrix: Tensor) -> float:
     """A power of four near the largest entry, whose square root rounds nothing either."""
     largest = float(matrix.abs().max())
     if not 0 < largest < math.inf:
