@@ -70,13 +70,15 @@ def default(width: int, tokens: int) -> Recipe:
     """What did best at small budgets on the packaged model (docs/results.md), its learning rate
     lowered for real ones.
 
-    About two thousand steps of up to 122k tokens. The learning rate falls with the square of the
-    width: 1.5e-3 at 256, where it was tuned, 3e-4 at 576, where in proportion to the width it undid
-    more than it healed (docs/log.md), 2e-5 at 2,048. Muon's iterations cost what some tokens cost,
-    in proportion to the width, so that a step has at least two tokens for each of it.
+    About two thousand steps of up to 122k tokens. The learning rate falls with the width up to 256,
+    where it was tuned, and from there with its square: 1.5e-3 at 256, 3e-4 at 576, where in
+    proportion to the width it undid more than it healed (docs/log.md), 2e-5 at 2,048. Muon's
+    iterations cost what some tokens cost, in proportion to the width, so that a step has at least
+    two tokens for each of it.
     """
     batch = min(max(tokens // 2000, 512, 2 * width), 122_880)
-    stage = Stage(batch, 1.5e-3 * (256 / width) ** 2, None, 50)
+    rate = 1.5e-3 * 256 / width * min(1.0, 256 / width)
+    stage = Stage(batch, rate, None, 50)
     return Recipe((stage,), betas=(0.9, 0.99), decay=0.0, muon=True)
 
 
