@@ -221,7 +221,7 @@ def refine(
     rough, target = metric.to(dtype, 1 / outputs, 1 / inputs), (weight / size).to(dtype)
     shared = size**0.5
     start = [(p / shared).to(dtype).contiguous() for pair in pairs for p in pair]
-    factors = [p.clone().requires_grad_() for p in start]
+    factors = [p.requires_grad_() for p in start]
     optimizer = torch.optim.LBFGS(
         factors,
         max_iter=10,

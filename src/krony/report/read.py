@@ -15,7 +15,7 @@ from typing import Any
 from krony.errors import KronyError
 from krony.hf.integrity import check_tensors
 from krony.hf.plan import MatrixPlan, Plan
-from krony.hf.vetting import check_finite, configuration, header, weights
+from krony.hf.vetting import check_finite, configuration, weights
 
 BLOCK = re.compile(r"\.(\d+)\.")
 NO_WEIGHTS = ("I64", "I32", "BOOL")  # places and masks
@@ -145,18 +145,17 @@ def directory(path: Path) -> Directory:
     if (path / "heal.json").is_file():
         made.heal = _json(path / "heal.json")
     kinds: dict[str, int] = defaultdict(int)
-    for file in sorted(set(found.files.values())):
-        for name, (shape, dtype) in header(file).items():
-            size = math.prod(shape)
-            bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3; BOOL is a byte
-            made.bytes += size * (int(bits[0]) if bits else 8) // 8
-            if dtype in NO_WEIGHTS:
-                continue
-            made.parameters += size
-            kinds[dtype] += size
-            if place := BLOCK.search(name):
-                block = int(place[1])
-                made.by_block[block] = made.by_block.get(block, 0) + size
+    for name, shape in found.shapes.items():
+        size, dtype = math.prod(shape), found.dtypes[name]
+        bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3; BOOL is a byte
+        made.bytes += size * (int(bits[0]) if bits else 8) // 8
+        if dtype in NO_WEIGHTS:
+            continue
+        made.parameters += size
+        kinds[dtype] += size
+        if place := BLOCK.search(name):
+            block = int(place[1])
+            made.by_block[block] = made.by_block.get(block, 0) + size
     made.dtype = max(kinds, key=lambda kind: kinds[kind]) if kinds else ""
     return made
 
