@@ -46,7 +46,7 @@ def compress(
             `options` there are (`moments`, `options`, `work`, `memory`).
         size: of the whole model instead: a share of its parameters (0.6, "60%") or their number
             (81_000_000, "81M"). What each matrix becomes is found for the least harm.
-        structure: with a size, "factored" (low rank and Kronecker products, in krony's layers) or
+        structure: with a size, "factored" (fewer hidden units and low rank, in krony's layers) or
             "plain": an ordinary model of the same architecture with smaller numbers in its
             configuration, which needs no krony (`slim`).
         init: "data", or a key of `INITS`, of a plan that takes no hidden units out.
